@@ -1,0 +1,1 @@
+"""The two-stage training of screenshot-to-code models."""

@@ -1,0 +1,1 @@
+"""Conversation, prompts, images, pages, sessions, errors: no torch, no terminal library."""

@@ -1,0 +1,57 @@
+"""What a conversation is: messages, the images attached to them and the text read off those images.
+
+Owns the plain data that every other part passes around. Knows nothing about templates, tokens,
+models, files or databases.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+import msgspec
+
+Role = Literal["system", "user", "assistant"]
+
+
+class TextLine(msgspec.Struct, frozen=True):
+    """One line of text found on a screenshot by text recognition.
+
+    `box` is (left, top, right, bottom) in pixels of the opened image; `score` is the recogniser's
+    confidence in 0..1.
+    """
+
+    text: str
+    box: tuple[int, int, int, int]
+    score: float = 1.0
+
+
+class Attachment(msgspec.Struct, frozen=True):
+    """One verified image, as the bytes it came in.
+
+    `sha256` is the hash of `data` and the key of every cache: two attachments with the same bytes
+    are the same image whatever their names. `width` and `height` are pixels after the EXIF
+    orientation was applied. `page_text` is what text recognition found, or None when it was not
+    asked for; it belongs to the conversation, so that every later turn shows the model the same.
+    """
+
+    data: bytes
+    sha256: str
+    width: int
+    height: int
+    name: str = "image"
+    source: str = ""
+    page_text: tuple[TextLine, ...] | None = None
+
+
+class Message(msgspec.Struct, frozen=True):
+    """One turn of one speaker. `text` is raw: exactly what was typed or what the model wrote."""
+
+    role: Role
+    text: str = ""
+    attachments: tuple[Attachment, ...] = ()
+
+
+def content_hash(data: bytes) -> str:
+    """The key under which an image's bytes are known everywhere."""
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,1 @@
+"""Torch modules, checkpoint folders and tokenisation, shared by backends, export and trainer."""
