@@ -1,0 +1,106 @@
+"""What every backend is: the protocol, and the plain data that goes in and comes out.
+
+A backend is one file that passes `tests/backends/contract.py`. This module knows nothing about
+torch, llama.cpp, processes or screens; the front ends import it for its types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, Protocol
+
+import msgspec
+
+from w2c_tui.core.config import GenerationParams, LoadSpec, Quantization
+from w2c_tui.core.conversation import Message
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What was loaded, as a front end shows it."""
+
+    name: str
+    backend: str
+    family: str
+    template: str
+    reads_images: bool
+    context_length: int
+    num_parameters: int
+    dtype: str
+    quantization: Quantization
+    devices: tuple[str, ...]
+    incremental: bool
+    load_time_s: float
+
+
+class Stats(msgspec.Struct, frozen=True, kw_only=True):
+    """Measures of one answer. `reused_tokens` of the prompt were kept from the turn before."""
+
+    prompt_tokens: int
+    reused_tokens: int
+    new_tokens: int
+    time_to_first_token_s: float
+    tokens_per_s: float
+    total_s: float
+    peak_memory_bytes: int
+    context_used: int
+    context_length: int
+    seed: int
+
+
+class Prefill(msgspec.Struct, frozen=True, tag=True):
+    """`done` of `total` prompt tokens are computed (images count as their tokens)."""
+
+    done: int
+    total: int
+
+
+class Trimmed(msgspec.Struct, frozen=True, tag=True):
+    """The first `num_messages` messages after the system text no longer fit and were left out.
+
+    Their images were kept: they stand in the first message that is left.
+    """
+
+    num_messages: int
+    context_length: int
+
+
+class Text(msgspec.Struct, frozen=True, tag=True):
+    """The next piece of the answer, raw."""
+
+    delta: str
+
+
+class Finished(msgspec.Struct, frozen=True, tag=True):
+    """The answer is over. "length": it was cut by `max_new_tokens` or by the context."""
+
+    reason: FinishReason
+    stats: Stats
+
+
+Event = Prefill | Trimmed | Text | Finished
+Report = Callable[[str, int, int], None]
+"""Progress of loading: `report(phase, done, total)`; `total` 0 is unknown."""
+
+
+class Backend(Protocol):
+    """A way of running models. One model at a time, one request at a time, one thread."""
+
+    def load(self, spec: LoadSpec, report: Report) -> ModelInfo:
+        """Load the model of `spec`. Raises a W2CError and holds nothing if that fails."""
+        ...
+
+    def stream(
+        self, messages: Sequence[Message], params: GenerationParams, cancelled: Callable[[], bool]
+    ) -> Iterator[Event]:
+        """Answer the conversation; the last event is Finished.
+
+        `cancelled` is asked often; once it is true the stream ends with reason "cancelled" within
+        half a second and what was computed stays usable.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back the model's memory."""
+        ...

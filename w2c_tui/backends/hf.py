@@ -1,0 +1,738 @@
+"""Models through transformers, on CPU or GPUs, whole or in 4 and 8 bit.
+
+Owns the incremental context: token ids and image features whose keys and values are in the cache,
+of which a new turn computes only what differs. Where a model's own forward does more than
+attention over spliced embeddings (`_SPLICED` lists the families that do just that), every turn is
+computed afresh by the model's own preparation. Knows nothing about processes or screens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+import psutil
+import torch
+from transformers import (
+    Cache,
+    DynamicCache,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.cache_utils import DynamicLayer
+
+from w2c_tui.backends.base import (
+    Event,
+    Finished,
+    FinishReason,
+    ModelInfo,
+    Prefill,
+    Report,
+    Stats,
+    Text,
+    Trimmed,
+)
+from w2c_tui.backends.turn import AnswerText, fit_context
+from w2c_tui.core.config import GenerationParams, LoadSpec, checked
+from w2c_tui.core.conversation import Attachment, Message
+from w2c_tui.core.errors import (
+    CheckpointError,
+    EngineError,
+    OutOfMemoryError,
+    PromptError,
+    W2CError,
+)
+from w2c_tui.core.image import open_image, pixel_values
+from w2c_tui.core.prompt import TEMPLATES, AnyTemplate, image_list, render
+from w2c_tui.models.checkpoint import LoadedModel, load_model
+from w2c_tui.models.tokenize import ImageSlot, PromptTokenizer, TextStream
+
+# Families whose language model sees nothing of an image but its features in place of tokens,
+# with plain positions and a causal mask.
+_SPLICED = {"llava", "idefics3", "smolvlm", "internvl", "mistral3", "aya_vision"}
+_CHUNK_TARGET_S = 0.15
+_MAX_CACHED_IMAGES = 16
+
+
+class _Cancelled(Exception):
+    """Raised inside a forward pass to leave it."""
+
+
+class _EncodedImage(msgspec.Struct):
+    """One image as a model takes it: the ids it stands as, and its features once computed.
+
+    `is_feature[i]`: row i of the ids is a feature, not a token. `inputs` are the encoder's inputs.
+    """
+
+    sha256: str
+    ids: list[int]
+    is_feature: list[bool]
+    inputs: dict[str, torch.Tensor]
+    features: torch.Tensor | None = None
+
+
+Unit = int | tuple[str, int]
+"""One position of the context: a token id, or (image hash, which of its features)."""
+
+
+class HFBackend:
+    """A transformers model behind the backend protocol."""
+
+    def __init__(self) -> None:
+        self._loaded: LoadedModel | None = None
+        self._cancelled: Callable[[], bool] = _never
+
+    # --- loading ---------------------------------------------------------------------------------
+
+    def load(self, spec: LoadSpec, report: Report) -> ModelInfo:
+        """See `Backend.load`. `spec.name` is a folder, a `.gguf` text model or a hub name."""
+        started = time.perf_counter()
+        self.close()
+        if spec.threads:
+            torch.set_num_threads(spec.threads)
+        dtype = choose_dtype(spec.dtype)
+        with _library_errors():
+            loaded = load_model(
+                spec.name,
+                dtype=dtype,
+                device_map=spec.device_map,
+                max_memory=_memory_limits(spec.max_memory),
+                offload_folder=spec.offload_folder,
+                quantization=spec.quantization,
+                attn=spec.attn,
+                trust_remote_code=spec.trust_remote_code,
+                report=report,
+            )
+            model = loaded.model
+            self._model = model
+            self._text_config = model.config.get_text_config()
+            self._reads_images = loaded.image_spec is not None or loaded.processor is not None
+            image_token = _image_token(loaded) if self._reads_images else None
+            self._tokenizer = PromptTokenizer(loaded.tokenizer, image_token)
+            self._template = self._pick_template(loaded, image_token)
+            self._context_length = loaded.context_length
+            if spec.context:
+                self._context_length = min(spec.context, loaded.context_length)
+            self._eos_ids = _eos_ids(model, self._tokenizer)
+            self._incremental = _is_incremental(model, self._reads_images)
+            self._images: OrderedDict[str, _EncodedImage] = OrderedDict()
+            self._reset_context()
+            for layer in _layers(model):
+                layer.register_forward_pre_hook(self._check_cancelled)
+        self._loaded = loaded
+        devices = {str(d) for d in getattr(model, "hf_device_map", {"": model.device}).values()}
+        return ModelInfo(
+            name=loaded.source_label,
+            backend="hf",
+            family=loaded.family,
+            template=self._template.name,
+            reads_images=self._reads_images,
+            context_length=self._context_length,
+            num_parameters=model.num_parameters(),
+            dtype=str(dtype).removeprefix("torch."),
+            quantization=spec.quantization,
+            devices=tuple(sorted(devices)),
+            incremental=self._incremental,
+            load_time_s=time.perf_counter() - started,
+        )
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        if self._loaded is None:
+            return
+        self._loaded = None
+        del self._model, self._cache, self._images
+        import gc
+
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _pick_template(self, loaded: LoadedModel, image_token: str | None) -> AnyTemplate:
+        if loaded.template in TEMPLATES:
+            return TEMPLATES[loaded.template]
+        source = getattr(loaded.processor, "chat_template", None) or loaded.tokenizer.chat_template
+        if isinstance(source, dict):
+            source = source.get("default")
+        if not source:
+            raise CheckpointError(
+                f"{loaded.source_label} has no chat template.",
+                hint="Put a chat_template.jinja beside its tokenizer, or use an instruction-tuned "
+                "model.",
+            )
+        return self._tokenizer.chat_template(source, image_token)
+
+    # --- the prompt ------------------------------------------------------------------------------
+
+    def _encode(self, messages: Sequence[Message]) -> tuple[list[Unit], list[int]]:
+        """The conversation as context units and as token ids (features as image-token ids)."""
+        segments = render(messages, self._template, images=self._reads_images)
+        images = image_list(messages)
+        units: list[Unit] = []
+        ids: list[int] = []
+        for piece in self._tokenizer.encode(segments):
+            if isinstance(piece, ImageSlot):
+                encoded = self._encoded_image(images[piece.image])
+                ids += encoded.ids
+                at = 0
+                for ident, is_feature in zip(encoded.ids, encoded.is_feature, strict=True):
+                    units.append((encoded.sha256, at) if is_feature else ident)
+                    at += is_feature
+            else:
+                ids += piece.ids
+                units += piece.ids
+        return units, ids
+
+    def _encoded_image(self, attachment: Attachment) -> _EncodedImage:
+        found = self._images.get(attachment.sha256)
+        if found is None:
+            found = self._prepare_image(attachment)
+            self._images[attachment.sha256] = found
+            while len(self._images) > _MAX_CACHED_IMAGES:
+                self._images.popitem(last=False)
+        self._images.move_to_end(attachment.sha256)
+        return found
+
+    def _prepare_image(self, attachment: Attachment) -> _EncodedImage:
+        assert self._loaded is not None
+        picture = open_image(attachment)
+        image_id = self._model.config.image_token_id
+        if self._loaded.image_spec is not None:
+            pixels = pixel_values(picture, self._loaded.image_spec)
+            length = self._loaded.image_seq_length
+            return _EncodedImage(
+                attachment.sha256,
+                [image_id] * length,
+                [True] * length,
+                {"pixel_values": torch.from_numpy(pixels)[None]},
+            )
+        processor = self._loaded.processor
+        assert processor is not None
+        inputs = dict(
+            processor(
+                text=[_image_token(self._loaded)],
+                images=[picture],
+                return_tensors="pt",
+                add_special_tokens=False,
+            )
+        )
+        ids = inputs.pop("input_ids")[0].tolist()
+        inputs.pop("attention_mask", None)
+        return _EncodedImage(attachment.sha256, ids, [i == image_id for i in ids], inputs)
+
+    def _features(self, encoded: _EncodedImage) -> torch.Tensor:
+        """(num_features, hidden): what stands in the context in place of the image."""
+        if encoded.features is None:
+            inputs = {
+                name: value.to(self._model.device, self._model.dtype)
+                if value.is_floating_point()
+                else value.to(self._model.device)
+                for name, value in encoded.inputs.items()
+                if isinstance(value, torch.Tensor)
+            }
+            output = self._model.get_image_features(**inputs)
+            features = getattr(output, "pooler_output", output)
+            if isinstance(features, list | tuple):
+                features = torch.cat([f.reshape(-1, f.shape[-1]) for f in features])
+            features = features.reshape(-1, features.shape[-1])
+            if len(features) != sum(encoded.is_feature):
+                raise CheckpointError(
+                    f"The vision tower gives {len(features)} features where the prompt has "
+                    f"places for {sum(encoded.is_feature)}.",
+                    hint="The processor and the model of this checkpoint do not belong together.",
+                )
+            encoded.features = features
+            encoded.inputs = {}
+        return encoded.features
+
+    # --- the context -----------------------------------------------------------------------------
+
+    def _reset_context(self) -> None:
+        self._units: list[Unit] = []
+        self._cache: Cache
+        if self._incremental:
+            count = self._text_config.num_hidden_layers
+            self._cache = Cache(layers=[_GrowingLayer() for _ in range(count)])
+        else:
+            self._cache = DynamicCache(config=self._text_config)
+
+    def _crop(self, length: int) -> None:
+        for layer in self._cache.layers:
+            assert isinstance(layer, _GrowingLayer)
+            layer.crop_to(length)
+        del self._units[length:]
+
+    def _settle(self) -> None:
+        """Bring cache and units to one length after a forward pass was left half-way."""
+        if not self._incremental:
+            self._reset_context()
+            return
+        lengths = [layer.get_seq_length() for layer in self._cache.layers]
+        self._crop(min(*lengths, len(self._units)))
+
+    def _check_cancelled(self, *_: Any) -> None:
+        if self._cancelled():
+            raise _Cancelled
+
+    def _run(self, units: Sequence[Unit], keep: int) -> torch.Tensor:
+        """Compute `units` after what is in the cache; the last `keep` rows of logits (keep, V)."""
+        device = self._model.device
+        image_id = getattr(self._model.config, "image_token_id", 0) or 0
+        ids = torch.tensor(
+            [[unit if isinstance(unit, int) else image_id for unit in units]], device=device
+        )
+        rows = [at for at, unit in enumerate(units) if not isinstance(unit, int)]
+        inputs: dict[str, Any] = {"input_ids": ids}
+        if rows:
+            embeds = self._model.get_input_embeddings()(ids)
+            wanted = [units[at] for at in rows]
+            features = torch.stack(
+                [self._features(self._images[u[0]])[u[1]] for u in wanted if isinstance(u, tuple)]
+            )
+            embeds[0, rows] = features.to(embeds.device, embeds.dtype)
+            inputs = {"inputs_embeds": embeds}
+        output = self._model(
+            **inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=keep
+        )
+        self._units += units
+        return output.logits[0]  # type: ignore[no-any-return]
+
+    def _prefill(self, units: Sequence[Unit]) -> Iterator[Prefill | torch.Tensor]:
+        """Bring the cache to `units` in chunks that can be cancelled; the logits row comes last."""
+        common = 0
+        for ours, theirs in zip(self._units, units, strict=False):
+            if ours != theirs:
+                break
+            common += 1
+        # At least one position is computed, as its logits are needed.
+        common = min(common, len(units) - 1)
+        self._crop(common)
+        yield Prefill(common, len(units))
+        done = common
+        for sha256 in dict.fromkeys(unit[0] for unit in units[done:] if isinstance(unit, tuple)):
+            self._features(self._images[sha256])
+        # The first chunk is small, as nothing is known of the model's speed yet.
+        chunk = 64
+        logits: torch.Tensor | None = None
+        while done < len(units):
+            if self._cancelled():
+                raise _Cancelled
+            began = time.perf_counter()
+            part = units[done : done + chunk]
+            logits = self._run(part, keep=1)
+            done += len(part)
+            spent = max(time.perf_counter() - began, 1e-4)
+            chunk = int(min(max(chunk * _CHUNK_TARGET_S / spent, chunk / 2, 16), chunk * 4, 2048))
+            yield Prefill(done, len(units))
+        assert logits is not None
+        yield logits[-1]
+
+    def _prefill_whole(
+        self, messages: Sequence[Message], ids: Sequence[int]
+    ) -> Iterator[Prefill | torch.Tensor]:
+        """As `_prefill`, for models that must prepare the whole prompt themselves."""
+        self._reset_context()
+        yield Prefill(0, len(ids))
+        device = self._model.device
+        extra: dict[str, Any] = {}
+        if self._reads_images:
+            encoded = [self._images[image.sha256] for image in image_list(messages)]
+            for name in dict.fromkeys(key for one in encoded for key in one.inputs):
+                values = [one.inputs[name] for one in encoded]
+                if name in ("token_type_ids", "mm_token_type_ids"):
+                    continue
+                extra[name] = torch.cat(values).to(device)
+                if extra[name].is_floating_point():
+                    extra[name] = extra[name].to(self._model.dtype)
+            if any("mm_token_type_ids" in one.inputs for one in encoded):
+                image_id = self._model.config.image_token_id
+                extra["mm_token_type_ids"] = torch.tensor(
+                    [[int(i == image_id) for i in ids]], device=device
+                )
+            if any("token_type_ids" in one.inputs for one in encoded):
+                image_id = self._model.config.image_token_id
+                extra["token_type_ids"] = torch.tensor(
+                    [[int(i == image_id) for i in ids]], device=device
+                )
+        self._whole_ids = torch.tensor([list(ids)], device=device)
+        self._whole_kwargs = {
+            "past_key_values": self._cache,
+            "attention_mask": torch.ones_like(self._whole_ids),
+            "use_cache": True,
+            **extra,
+        }
+        logits = self._step_whole(first=True)
+        self._units = list(ids)
+        yield Prefill(len(ids), len(ids))
+        yield logits
+
+    def _step_whole(self, first: bool = False) -> torch.Tensor:
+        inputs = self._model.prepare_inputs_for_generation(
+            self._whole_ids, is_first_iteration=first, **self._whole_kwargs
+        )
+        output = self._model(**inputs, logits_to_keep=1, return_dict=True)
+        self._whole_kwargs = self._model._update_model_kwargs_for_generation(
+            output, self._whole_kwargs
+        )
+        return output.logits[0, -1]  # type: ignore[no-any-return]
+
+    # --- answering -------------------------------------------------------------------------------
+
+    def stream(
+        self, messages: Sequence[Message], params: GenerationParams, cancelled: Callable[[], bool]
+    ) -> Iterator[Event]:
+        """See `Backend.stream`."""
+        if self._loaded is None:
+            raise EngineError("No model is loaded.", hint="Load one first.")
+        params = checked(params)
+        self._cancelled = cancelled
+        try:
+            with _library_errors(), torch.inference_mode():
+                yield from self._stream(messages, params)
+        finally:
+            self._cancelled = _never
+            self._settle()
+
+    def _stream(self, messages: Sequence[Message], params: GenerationParams) -> Iterator[Event]:
+        began = time.perf_counter()
+        seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(4), "big")
+        if not self._reads_images:
+            _require_page_text(messages)
+        messages, dropped = fit_context(
+            messages,
+            lambda some: len(self._encode(some)[0]),
+            self._context_length,
+            params.max_new_tokens,
+        )
+        if dropped:
+            yield Trimmed(dropped, self._context_length)
+        units, ids = self._encode(messages)
+        answer = AnswerText(self._template.answer_lead, params.stop)
+        if messages[-1].role == "assistant":
+            answer = AnswerText("", params.stop)
+        text = TextStream(self._tokenizer, ids)
+        reused = first_token_s = 0.0
+        new_ids: list[int] = []
+        reason: FinishReason = "length"
+        limit = min(params.max_new_tokens, self._context_length - len(units))
+        try:
+            logits: torch.Tensor | None = None
+            prefill = (
+                self._prefill(units) if self._incremental else self._prefill_whole(messages, ids)
+            )
+            for step in prefill:
+                if isinstance(step, Prefill):
+                    reused = reused or (step.done if step.done < len(units) else 0)
+                    yield step
+                else:
+                    logits = step
+            if self._incremental:
+                reused = min(reused, len(units) - 1)
+            assert logits is not None
+            pick = _Picker(params, seed, ids, logits.device)
+            for token in self._tokens(logits, pick, params.prompt_lookup, limit, new_ids):
+                if not first_token_s:
+                    first_token_s = time.perf_counter() - began
+                if token in self._eos_ids:
+                    reason = "stop"
+                    break
+                new_ids.append(token)
+                shown = answer.push(text.push(token))
+                if shown:
+                    yield Text(shown)
+                if answer.stopped:
+                    reason = "stop"
+                    break
+                if len(new_ids) >= limit:
+                    break
+        except _Cancelled:
+            reason = "cancelled"
+        rest = answer.push(text.flush()) + answer.flush()
+        if rest:
+            yield Text(rest)
+        total = time.perf_counter() - began
+        decode_s = total - first_token_s
+        yield Finished(
+            reason,
+            Stats(
+                prompt_tokens=len(units),
+                reused_tokens=int(reused),
+                new_tokens=len(new_ids),
+                time_to_first_token_s=first_token_s or total,
+                tokens_per_s=(len(new_ids) - 1) / decode_s if len(new_ids) > 1 else 0.0,
+                total_s=total,
+                peak_memory_bytes=peak_memory(),
+                context_used=len(units) + len(new_ids),
+                context_length=self._context_length,
+                seed=seed,
+            ),
+        )
+
+    def _tokens(
+        self,
+        logits: torch.Tensor,
+        pick: _Picker,
+        draft_length: int,
+        limit: int,
+        new_ids: list[int],
+    ) -> Iterator[int]:
+        """Token ids one after another; `new_ids` is what the reader has taken so far."""
+        lookup = _PromptLookup(pick.ids) if draft_length and self._incremental else None
+        token = pick(logits)
+        while True:
+            yield token
+            if self._cancelled():
+                raise _Cancelled
+            if not self._incremental:
+                self._whole_ids = torch.cat(
+                    [self._whole_ids, self._whole_ids.new_tensor([[token]])], dim=1
+                )
+                token = pick(self._step_whole())
+                continue
+            draft: list[int] = []
+            if lookup is not None:
+                room = min(draft_length, limit - len(new_ids) - 1)
+                draft = lookup.draft(pick.ids, room)
+            kept = len(self._units) + 1
+            rows = self._run([token, *draft], keep=1 + len(draft))
+            for at, row in enumerate(rows):
+                token = pick(row)
+                if at == len(draft) or token != draft[at]:
+                    break
+                kept += 1
+                yield token
+            self._crop(kept)
+
+
+class _Picker:
+    """Chooses the next token from a row of logits and remembers what was chosen."""
+
+    def __init__(
+        self, params: GenerationParams, seed: int, prompt: Sequence[int], device: torch.device
+    ) -> None:
+        self.ids = list(prompt)
+        self._greedy = params.temperature == 0
+        self._generator = torch.Generator(device).manual_seed(seed)
+        self._processors = LogitsProcessorList()
+        self._needs_ids = params.repetition_penalty != 1.0
+        if self._needs_ids:
+            penalty = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)
+            self._processors.append(penalty)
+        if not self._greedy:
+            self._processors.append(TemperatureLogitsWarper(params.temperature))
+            if params.top_k:
+                self._processors.append(TopKLogitsWarper(params.top_k))
+            if params.top_p < 1:
+                self._processors.append(TopPLogitsWarper(params.top_p))
+
+    def __call__(self, logits: torch.Tensor) -> int:
+        if self._processors:
+            ids = torch.tensor([self.ids] if self._needs_ids else [[]], device=logits.device)
+            logits = self._processors(ids.long(), logits[None].float())[0]
+        if self._greedy:
+            token = int(logits.argmax())
+        else:
+            probabilities = torch.softmax(logits, dim=-1)
+            token = int(torch.multinomial(probabilities, 1, generator=self._generator))
+        self.ids.append(token)
+        return token
+
+
+class _PromptLookup:
+    """Drafts what followed the last time the newest tokens stood in the text (n-grams of 3)."""
+
+    _N = 3
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self._after: dict[tuple[int, ...], int] = {}
+        self._seen = 0
+        self._index(ids)
+
+    def _index(self, ids: Sequence[int]) -> None:
+        # The newest n-gram is not its own earlier occurrence.
+        for end in range(max(self._seen, self._N), len(ids)):
+            self._after[tuple(ids[end - self._N : end])] = end
+        self._seen = len(ids)
+
+    def draft(self, ids: Sequence[int], length: int) -> list[int]:
+        """At most `length` ids that may come next; none if there is nothing to go by."""
+        self._index(ids)
+        at = self._after.get(tuple(ids[-self._N :]))
+        return list(ids[at : at + max(length, 0)]) if at is not None else []
+
+
+class _GrowingLayer(DynamicLayer):
+    """Keys and values in a buffer with room to grow, so that a step copies only its own token.
+
+    Shapes as in `DynamicLayer`: (batch, num_heads, length, head_dim).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._length = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._buffers: list[torch.Tensor] = []
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, end = self._length, self._length + key_states.shape[-2]
+        if not self._buffers or end > self._buffers[0].shape[-2]:
+            room = -(-(end + end // 4) // 256) * 256
+            grown = [
+                states.new_empty(*states.shape[:-2], room, states.shape[-1])
+                for states in (key_states, value_states)
+            ]
+            for new, old in zip(grown, self._buffers, strict=False):
+                new[..., :start, :] = old[..., :start, :]
+            self._buffers = grown
+        self._buffers[0][..., start:end, :] = key_states
+        self._buffers[1][..., start:end, :] = value_states
+        self._length = end
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self._length
+
+    def crop_to(self, length: int) -> None:
+        """Forget everything from position `length` on."""
+        self._length = min(self._length, length)
+
+
+def choose_dtype(name: str) -> torch.dtype:
+    """The dtype called `name`; "auto" is what this machine computes fastest in."""
+    if name != "auto":
+        return getattr(torch, name)  # type: ignore[no-any-return]
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+    if torch.backends.mps.is_available():
+        return torch.float16
+    return torch.bfloat16 if _bf16_is_faster() else torch.float32
+
+
+def _bf16_is_faster() -> bool:
+    """One decode-like and one prefill-like product, timed in both types (about 0.1 s)."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    spent = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.ones(4096, 1024, dtype=dtype)
+        inputs = [torch.ones(rows, 1024, dtype=dtype) for rows in (1, 64)]
+        best = [float("inf")] * len(inputs)
+        for _ in range(6):
+            for at, value in enumerate(inputs):
+                began = time.perf_counter()
+                torch.nn.functional.linear(value, weight)
+                best[at] = min(best[at], time.perf_counter() - began)
+        spent[dtype] = best
+    ratios = np.divide(spent[torch.bfloat16], spent[torch.float32])
+    return bool(np.sqrt(np.prod(ratios)) < 1)
+
+
+def peak_memory() -> int:
+    """The most memory this process has held so far, in bytes, with that of its GPUs."""
+    total = 0
+    if sys.platform == "win32":
+        total = psutil.Process().memory_info().peak_wset
+    else:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        total = peak if sys.platform == "darwin" else peak * 1024
+    for device in range(torch.cuda.device_count()):
+        total += torch.cuda.max_memory_allocated(device)
+    return total
+
+
+def _never() -> bool:
+    return False
+
+
+def _layers(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Every block of the language model and the vision tower: the places to stop at."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList):
+            yield from module
+
+
+def _is_incremental(model: Any, reads_images: bool) -> bool:
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds - {"full_attention", "sliding_attention"} or getattr(model, "_is_stateful", False):
+        return False
+    if getattr(config, "num_kv_shared_layers", 0) or not hasattr(config, "num_hidden_layers"):
+        return False
+    return not reads_images or model.config.model_type in _SPLICED
+
+
+def _image_token(loaded: LoadedModel) -> str:
+    """The string that marks an image in this model's chat template."""
+    source = getattr(loaded.processor, "chat_template", None) or loaded.tokenizer.chat_template
+    names = [getattr(loaded.processor, name, None) for name in ("boi_token", "image_token")]
+    names.append(getattr(loaded.tokenizer, "image_token", None))
+    names += ["<image>"]
+    found = [name for name in names if name]
+    return next((name for name in found if name in str(source)), found[-1 if not source else 0])
+
+
+def _eos_ids(model: Any, tokenizer: PromptTokenizer) -> set[int]:
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return {tokenizer.eos_id, *(i for i in ids if i is not None)}
+
+
+def _memory_limits(limits: dict[str, str] | None) -> dict[int | str, str] | None:
+    if limits is None:
+        return None
+    return {int(key) if key.isdigit() else key: value for key, value in limits.items()}
+
+
+def _require_page_text(messages: Sequence[Message]) -> None:
+    for image in image_list(messages):
+        if image.page_text is None:
+            raise PromptError(
+                f"This model reads text only and cannot look at {image.name}.",
+                hint="Switch on --ocr, which puts the page's text into the prompt, "
+                "or load a model that takes images.",
+            )
+
+
+@contextlib.contextmanager
+def _library_errors() -> Iterator[None]:
+    """The seam where torch's and transformers' errors become ours."""
+    try:
+        yield
+    except (W2CError, _Cancelled, GeneratorExit, KeyboardInterrupt):
+        raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _out_of_memory(error) from error
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):
+            raise _out_of_memory(error) from error
+        raise EngineError(f"The model failed while running: {error}") from error
+    except Exception as error:
+        raise EngineError(f"{type(error).__name__}: {error}") from error
+
+
+def _out_of_memory(error: BaseException) -> OutOfMemoryError:
+    return OutOfMemoryError(
+        f"Not enough memory: {str(error).splitlines()[0] if str(error) else 'allocation failed'}",
+        hint="Use --load-4bit or --load-8bit, a smaller --context, a smaller model, "
+        "or --max-memory to spread it over more devices.",
+    )

@@ -1,0 +1,285 @@
+"""Every setting and every path, each in one place.
+
+A setting is a field of one of the structs below; its constraint and its description stand beside
+it and serve the configuration file, the environment, the command line's help and the checks alike.
+Precedence: flag, then environment (`W2C_MODEL_DTYPE`), then `config.toml` (`[model] dtype`), then
+the default. Unknown keys are errors. Knows nothing about who reads the settings.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+import platformdirs
+from msgspec import Meta
+
+from w2c_tui.core.errors import ConfigError
+from w2c_tui.core.image import ImageLimits
+
+Quantization = Literal["none", "4bit", "8bit"]
+
+
+class LoadSpec(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """`[model]`: which model to load, and how."""
+
+    name: Annotated[
+        str, Meta(min_length=1, description="Folder, file, catalogue name or hub name OWNER/NAME.")
+    ] = "smollm2-135m"
+    backend: Annotated[Literal["hf"], Meta(description="What runs the model.")] = "hf"
+    dtype: Annotated[
+        Literal["auto", "float32", "float16", "bfloat16"],
+        Meta(description="Number format of the weights; auto takes this machine's fastest."),
+    ] = "auto"
+    quantization: Annotated[
+        Quantization, Meta(description="Quantise to 4 or 8 bit on loading (bitsandbytes).")
+    ] = "none"
+    device_map: Annotated[
+        str,
+        Meta(description="auto, balanced, balanced_low_0, sequential, or a device: cpu, cuda:0."),
+    ] = "auto"
+    max_memory: Annotated[
+        dict[str, str] | None,
+        Meta(description="Most memory to use per device, as DEVICE=SIZE (0=20GiB, cpu=30GiB)."),
+    ] = None
+    offload_folder: Annotated[
+        str | None, Meta(description="Folder for weights that fit no device's memory.")
+    ] = None
+    attn: Annotated[
+        Literal["sdpa", "flash_attention_2", "eager"] | None,
+        Meta(description="Attention implementation; the model's default if not given."),
+    ] = None
+    trust_remote_code: Annotated[
+        bool, Meta(description="Run Python code that comes with the model. It can do anything.")
+    ] = False
+    context: Annotated[
+        int, Meta(ge=0, description="Most tokens of context; 0 is the model's own length.")
+    ] = 0
+    threads: Annotated[int, Meta(ge=0, description="CPU threads; 0 is one per core.")] = 0
+
+
+class GenerationParams(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """`[generation]`: how to write an answer."""
+
+    temperature: Annotated[
+        float, Meta(ge=0, le=100, description="Randomness; 0 always takes the likeliest token.")
+    ] = 0.2
+    top_p: Annotated[
+        float, Meta(gt=0, le=1, description="Sample among the likeliest that sum to this; 1: off.")
+    ] = 1.0
+    top_k: Annotated[
+        int, Meta(ge=0, description="Sample among this many likeliest tokens; 0: off.")
+    ] = 0
+    repetition_penalty: Annotated[
+        float, Meta(gt=0, le=10, description="Over 1 makes tokens that were used less likely.")
+    ] = 1.0
+    max_new_tokens: Annotated[int, Meta(ge=1, description="Longest answer in tokens.")] = 2048
+    seed: Annotated[
+        int | None,
+        Meta(ge=0, lt=2**63, description="Same seed, same answer; a new one each time if absent."),
+    ] = None
+    stop: Annotated[
+        tuple[str, ...], Meta(description="End the answer before this text (repeatable).")
+    ] = ()
+    prompt_lookup: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=64,
+            description="Tokens that may be guessed per step from what was written before "
+            "(prompt lookup decoding); faster on repetitive pages, same text; 0: off.",
+        ),
+    ] = 0
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All settings."""
+
+    model: LoadSpec = LoadSpec()
+    generation: GenerationParams = GenerationParams()
+    images: ImageLimits = ImageLimits()
+    ocr: Annotated[
+        Literal["auto", "on", "off"],
+        Meta(
+            description="Put the text found on screenshots into the prompt; auto does so for "
+            "models that read text only."
+        ),
+    ] = "auto"
+    system: Annotated[str, Meta(description="System text; empty is the template's own.")] = ""
+
+
+class Paths(msgspec.Struct, frozen=True):
+    """Where everything lives."""
+
+    config: Path
+    data: Path
+    cache: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.config / "config.toml"
+
+    @property
+    def sessions(self) -> Path:
+        """The session database."""
+        return self.data / "sessions.sqlite"
+
+    @property
+    def models(self) -> Path:
+        """Downloaded and converted models."""
+        return self.cache / "models"
+
+    @property
+    def engine_log(self) -> Path:
+        return self.data / "logs" / "engine.log"
+
+    @property
+    def app_log(self) -> Path:
+        return self.data / "logs" / "app.log"
+
+
+def paths(environ: Mapping[str, str] = os.environ) -> Paths:
+    """The platform's folders, or those that W2C_CONFIG_DIR, _DATA_DIR and _CACHE_DIR name."""
+    dirs = platformdirs.PlatformDirs("w2c-tui", appauthor=False)
+
+    def folder(name: str, default: Path) -> Path:
+        value = environ.get(f"W2C_{name}_DIR")
+        return Path(value).expanduser() if value else default
+
+    return Paths(
+        config=folder("CONFIG", dirs.user_config_path),
+        data=folder("DATA", dirs.user_data_path),
+        cache=folder("CACHE", dirs.user_cache_path),
+    )
+
+
+SECTIONS: dict[str, type[msgspec.Struct]] = {
+    "model": LoadSpec,
+    "generation": GenerationParams,
+    "images": ImageLimits,
+}
+_FOLDER_VARIABLES = {"W2C_CONFIG_DIR", "W2C_DATA_DIR", "W2C_CACHE_DIR"}
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+def load_settings(
+    flags: Mapping[str, Any] | None = None,
+    config_file: Path | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> Settings:
+    """Settings from `flags` over the environment over `config_file` over the defaults.
+
+    `flags` maps "section.field" (or a top-level field) to a value. Raises ConfigError that names
+    the source, the key and what was expected.
+    """
+    config_file = paths(environ).config_file if config_file is None else config_file
+    merged: dict[str, Any] = {}
+    for source, values in (
+        (str(config_file), _read_toml(config_file)),
+        ("the environment", _read_environment(environ)),
+        ("the command line", _nested(flags or {})),
+    ):
+        _merge(merged, values)
+        # Checked after each layer, so that the message can say which one is wrong.
+        settings = _convert(merged, Settings, source)
+    return settings
+
+
+def checked(value: T) -> T:
+    """`value` if its fields keep their constraints. Raises ConfigError otherwise."""
+    return _convert(msgspec.to_builtins(value), type(value), "the request")
+
+
+def _convert(values: Any, kind: type[T], source: str) -> T:
+    try:
+        return msgspec.convert(values, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(
+            f"A setting in {source} is wrong: {error}.", hint=_suggestion(str(error))
+        ) from error
+
+
+def _suggestion(problem: str) -> str:
+    known = [
+        *(name for name in Settings.__struct_fields__ if name not in SECTIONS),
+        *(f for kind in SECTIONS.values() for f in kind.__struct_fields__),
+    ]
+    if "unknown field" not in problem:
+        return "See w2c generate --help for what is possible."
+    name = problem.split("`")[1]
+    close = difflib.get_close_matches(name, known, n=1)
+    if close:
+        return f"Did you mean {close[0]}?"
+    return f"Known settings: {', '.join([*SECTIONS, *known])}."
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(
+            f"The configuration file {path} cannot be read: {error}.",
+            hint="Correct it, or move it away to start with the defaults.",
+        ) from error
+
+
+def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for variable, value in environ.items():
+        if not variable.startswith("W2C_") or variable in _FOLDER_VARIABLES:
+            continue
+        name = variable.removeprefix("W2C_").lower()
+        section, _, field = name.partition("_")
+        if section in SECTIONS and field in SECTIONS[section].__struct_fields__:
+            found[f"{section}.{field}"] = _parsed(value)
+        elif name in Settings.__struct_fields__ and name not in SECTIONS:
+            found[name] = value
+        else:
+            names = [
+                f"W2C_{s.upper()}_{f.upper()}"
+                for s, kind in SECTIONS.items()
+                for f in kind.__struct_fields__
+            ]
+            close = difflib.get_close_matches(variable, names, n=1)
+            raise ConfigError(
+                f"The environment variable {variable} is not a setting.",
+                hint=f"Did you mean {close[0]}?" if close else "Unset it.",
+            )
+    return _nested(found)
+
+
+def _parsed(value: str) -> Any:
+    """Lists and tables are written as in TOML; everything else is taken as it is."""
+    if not value.startswith(("[", "{")):
+        return value
+    try:
+        return tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return value
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        section, _, field = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[field] = value
+    return nested
+
+
+def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            into[key] = {**into[key], **value}
+        else:
+            into[key] = dict(value) if isinstance(value, Mapping) else value

@@ -1,0 +1,91 @@
+"""The text of a screenshot as a block in the prompt: which words stand where, and how large.
+
+Owns the form in which recognised lines are put before a model, in training and in use alike, so
+every change here changes what trained models see. Knows nothing about how lines are recognised,
+about tokens or about templates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from w2c_tui.core.conversation import TextLine
+
+HEADER = "Text on the page (left top width size text):"
+"""The first line of the block; the words in brackets name the columns below it."""
+
+MIN_WRAPPED_CHARS = 25
+"""Shorter lines (menus, list items, table cells) are never taken for the start of a paragraph."""
+
+
+def format_page_text(lines: Sequence[TextLine], image_size: tuple[int, int]) -> str:
+    """The block of text lines for a prompt: `HEADER`, then one line `left top width size text` each.
+
+    `image_size` is (width, height) in pixels. `left`, `top` and `width` are whole percent of the
+    image's *width* (so that one unit is the same length in both directions, as CSS `vw`, and a
+    page of any height keeps its resolution); `size` is the height of a text line in per mille of
+    the width. Lines that continue each other are joined into one paragraph, whose box is their
+    common box. Order is kept: reading order in, reading order out. No lines: an empty string.
+
+    Small numbers without punctuation are meant: Llama, Qwen and SmolLM2 tokenizers spend one token
+    per digit, and a line costs about 12 tokens beside its text.
+    """
+    if not lines:
+        return ""
+    unit = max(image_size[0], 1) / 100
+    rows = [HEADER]
+    for block in _paragraphs(lines):
+        left, top, right, _ = block.box
+        numbers = (left / unit, top / unit, (right - left) / unit, block.size / unit * 10)
+        rows.append(" ".join([*(str(round(number)) for number in numbers), block.text]))
+    return "\n".join(rows)
+
+
+class _Block(msgspec.Struct):
+    text: str
+    box: tuple[int, int, int, int]
+    last: TextLine
+    size: int
+    """Height of one text line in pixels."""
+
+
+def _paragraphs(lines: Sequence[TextLine]) -> list[_Block]:
+    blocks: list[_Block] = []
+    for line in lines:
+        text = " ".join(line.text.split())
+        if not text:
+            continue
+        # The latest blocks are the nearest above; two columns interleave in reading order.
+        block = next((b for b in reversed(blocks[-8:]) if _continues(b, line)), None)
+        if block is None:
+            blocks.append(_Block(text, line.box, line, line.box[3] - line.box[1]))
+            continue
+        block.text += f" {text}"
+        block.box = (
+            min(block.box[0], line.box[0]),
+            block.box[1],
+            max(block.box[2], line.box[2]),
+            max(block.box[3], line.box[3]),
+        )
+        block.last = line
+    return blocks
+
+
+def _continues(block: _Block, line: TextLine) -> bool:
+    """Whether `line` looks like the next line of a wrapped paragraph that ends in `block.last`."""
+    left, top, right, bottom = block.last.box
+    height = line.box[3] - line.box[1]
+    return (
+        len(block.last.text) >= MIN_WRAPPED_CHARS
+        and abs(height - block.size) <= 0.2 * block.size
+        and -0.4 * block.size <= line.box[1] - bottom <= 0.35 * block.size
+        # A line that was wrapped fills its paragraph; a longer one below it is another thing.
+        and line.box[2] - line.box[0] <= 1.15 * (block.box[2] - block.box[0])
+        and (
+            abs(line.box[0] - left) <= height
+            or abs(line.box[0] + line.box[2] - left - right) <= 2 * height
+        )
+        and top < line.box[1]
+    )

@@ -1,0 +1,165 @@
+"""The engine process: owns one backend and its model, and does one request after another.
+
+Started by `EngineClient` as `python -m w2c_tui.engine.child`; it ends when its standard input
+does, so that it never outlives its front end. What native code prints goes to the log file that
+the client gave it as standard error. Knows nothing about screens, sessions or settings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import io
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from typing import BinaryIO
+
+from w2c_tui.backends.base import Backend
+from w2c_tui.core.errors import ConfigError, EngineError, W2CError
+from w2c_tui.engine import wire
+
+
+def main() -> None:
+    """Serve requests from standard input until it closes."""
+    requests, replies = _take_over_pipes()
+    faulthandler.enable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _offer_self_to_oom_killer()
+    _quiet_libraries()
+    Engine(requests, replies).serve()
+
+
+class Engine:
+    """One backend, one queue of requests, one writer."""
+
+    def __init__(self, requests: BinaryIO, replies: BinaryIO) -> None:
+        self._requests = requests
+        self._replies = replies
+        self._waiting: queue.SimpleQueue[wire.Request] = queue.SimpleQueue()
+        self._cancelled: set[int] = set()
+        self._backend: Backend | None = None
+
+    def serve(self) -> None:
+        threading.Thread(target=self._read_requests, daemon=True).start()
+        while True:
+            request = self._waiting.get()
+            try:
+                self._reply(self._answer(request))
+            except W2CError as error:
+                traceback.print_exc()
+                self._reply_failure(request, error)
+            except Exception as error:  # noqa: BLE001 - a defect must not end the process
+                traceback.print_exc()
+                failure = EngineError(
+                    f"{type(error).__name__}: {error}",
+                    hint="This is a defect of w2c-tui; the engine's log has the details.",
+                )
+                self._reply_failure(request, failure)
+            self._cancelled.discard(request.request)
+
+    def _read_requests(self) -> None:
+        while (request := wire.read_frame(self._requests, wire.request_decoder)) is not None:
+            if isinstance(request, wire.Cancel):
+                self._cancelled.add(request.request)
+            else:
+                self._waiting.put(request)
+        # The front end is gone; a native call may be running, so do not wait for anything.
+        os._exit(0)
+
+    def _answer(self, request: wire.Request) -> wire.Reply:
+        ident = request.request
+        match request:
+            case wire.Load():
+                return wire.Done(ident, info=self._load(request))
+            case wire.Stream():
+                if self._backend is None:
+                    raise EngineError("No model is loaded.", hint="Load one first.")
+                stream = self._backend.stream(
+                    request.messages, request.params, lambda: ident in self._cancelled
+                )
+                for event in stream:
+                    self._reply(wire.Emitted(ident, event))
+            case wire.ReadText():
+                from w2c_tui.core.image import open_image
+                from w2c_tui.models.page_text import read_page_text
+
+                return wire.Done(ident, lines=read_page_text(open_image(request.image)))
+            case wire.Unload():
+                self._unload()
+        return wire.Done(ident)
+
+    def _load(self, request: wire.Load) -> wire.ModelInfo:
+        self._unload()
+        backend = _backend(request.spec.backend)
+
+        def report(phase: str, done: int, total: int) -> None:
+            if request.request in self._cancelled:
+                raise EngineError("Loading was cancelled.")
+            self._reply(wire.Progress(request.request, phase, done, total))
+
+        info = backend.load(request.spec, report)
+        self._backend = backend
+        return info
+
+    def _unload(self) -> None:
+        if self._backend is not None:
+            self._backend.close()
+            self._backend = None
+
+    def _reply_failure(self, request: wire.Request, error: W2CError) -> None:
+        name = type(error).__name__
+        self._reply(wire.Failed(request.request, name, error.message, error.hint))
+
+    def _reply(self, reply: wire.Reply) -> None:
+        try:
+            wire.write_frame(self._replies, reply)
+        except OSError:
+            os._exit(0)
+
+
+def _backend(name: str) -> Backend:
+    if name == "hf":
+        from w2c_tui.backends.hf import HFBackend
+
+        return HFBackend()
+    raise ConfigError(f"There is no backend called {name!r}.", hint="Choose one of: hf.")
+
+
+def _take_over_pipes() -> tuple[BinaryIO, BinaryIO]:
+    """Private handles for the two pipes; descriptors 0 and 1 become harmless for libraries."""
+    requests, replies = os.dup(0), os.dup(1)
+    if sys.platform == "win32":
+        import msvcrt
+
+        for descriptor in (requests, replies):
+            msvcrt.setmode(descriptor, os.O_BINARY)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.dup2(2, 1)
+    os.close(nothing)
+    sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", buffering=0), write_through=True)
+    return os.fdopen(requests, "rb"), os.fdopen(replies, "wb")
+
+
+def _offer_self_to_oom_killer() -> None:
+    """On Linux: when memory runs out, lose this process and not the interface or the desktop."""
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("500")
+
+
+def _quiet_libraries() -> None:
+    import logging
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.simplefilter("default")
+
+
+if __name__ == "__main__":
+    main()
