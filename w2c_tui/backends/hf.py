@@ -43,7 +43,7 @@ from w2c_tui.backends.base import (
     Trimmed,
 )
 from w2c_tui.backends.turn import AnswerText, fit_context
-from w2c_tui.core.config import GenerationParams, LoadSpec, checked
+from w2c_tui.core.config import GenerationParams, LoadSpec, checked, paths
 from w2c_tui.core.conversation import Attachment, Message
 from w2c_tui.core.errors import (
     CheckpointError,
@@ -53,6 +53,7 @@ from w2c_tui.core.errors import (
     W2CError,
 )
 from w2c_tui.core.image import open_image, pixel_values
+from w2c_tui.core.locate import locate
 from w2c_tui.core.prompt import TEMPLATES, AnyTemplate, image_list, render
 from w2c_tui.models.checkpoint import LoadedModel, load_model
 from w2c_tui.models.tokenize import ImageSlot, PromptTokenizer, TextStream
@@ -103,7 +104,7 @@ class HFBackend:
         dtype = choose_dtype(spec.dtype)
         with _library_errors():
             loaded = load_model(
-                spec.name,
+                locate(spec.name, paths().models, report),
                 dtype=dtype,
                 device_map=spec.device_map,
                 max_memory=_memory_limits(spec.max_memory),
@@ -112,6 +113,7 @@ class HFBackend:
                 attn=spec.attn,
                 trust_remote_code=spec.trust_remote_code,
                 report=report,
+                cache_dir=paths().models,
             )
             model = loaded.model
             self._model = model
@@ -421,23 +423,24 @@ class HFBackend:
         if messages[-1].role == "assistant":
             answer = AnswerText("", params.stop)
         text = TextStream(self._tokenizer, ids)
-        reused = first_token_s = 0.0
+        reused = 0
+        first_token_s = 0.0
         new_ids: list[int] = []
         reason: FinishReason = "length"
         limit = min(params.max_new_tokens, self._context_length - len(units))
         try:
             logits: torch.Tensor | None = None
+            logits_pending = True
             prefill = (
                 self._prefill(units) if self._incremental else self._prefill_whole(messages, ids)
             )
             for step in prefill:
-                if isinstance(step, Prefill):
-                    reused = reused or (step.done if step.done < len(units) else 0)
-                    yield step
-                else:
+                if isinstance(step, torch.Tensor):
                     logits = step
-            if self._incremental:
-                reused = min(reused, len(units) - 1)
+                    continue
+                if logits_pending:
+                    reused, logits_pending = step.done, False
+                yield step
             assert logits is not None
             pick = _Picker(params, seed, ids, logits.device)
             for token in self._tokens(logits, pick, params.prompt_lookup, limit, new_ids):
@@ -466,7 +469,7 @@ class HFBackend:
             reason,
             Stats(
                 prompt_tokens=len(units),
-                reused_tokens=int(reused),
+                reused_tokens=reused,
                 new_tokens=len(new_ids),
                 time_to_first_token_s=first_token_s or total,
                 tokens_per_s=(len(new_ids) - 1) / decode_s if len(new_ids) > 1 else 0.0,

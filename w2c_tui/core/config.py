@@ -84,8 +84,8 @@ class GenerationParams(
     ] = 1.0
     max_new_tokens: Annotated[int, Meta(ge=1, description="Longest answer in tokens.")] = 2048
     seed: Annotated[
-        int | None,
-        Meta(ge=0, lt=2**63, description="Same seed, same answer; a new one each time if absent."),
+        Annotated[int, Meta(ge=0, le=2**63 - 1)] | None,
+        Meta(description="Same seed, same answer; a new one each time if not given."),
     ] = None
     stop: Annotated[
         tuple[str, ...], Meta(description="End the answer before this text (repeatable).")

@@ -21,7 +21,7 @@ MIN_WRAPPED_CHARS = 25
 
 
 def format_page_text(lines: Sequence[TextLine], image_size: tuple[int, int]) -> str:
-    """The block of text lines for a prompt: `HEADER`, then one line `left top width size text` each.
+    """The text block for a prompt: `HEADER`, then a line `left top width size text` for each.
 
     `image_size` is (width, height) in pixels. `left`, `top` and `width` are whole percent of the
     image's *width* (so that one unit is the same length in both directions, as CSS `vw`, and a

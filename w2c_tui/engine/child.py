@@ -15,6 +15,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 import traceback
 from typing import BinaryIO
 
@@ -95,11 +96,17 @@ class Engine:
     def _load(self, request: wire.Load) -> wire.ModelInfo:
         self._unload()
         backend = _backend(request.spec.backend)
+        last = ("", 0.0)
 
         def report(phase: str, done: int, total: int) -> None:
             if request.request in self._cancelled:
                 raise EngineError("Loading was cancelled.")
-            self._reply(wire.Progress(request.request, phase, done, total))
+            # Every tensor reports; nobody needs to see more than ten of them in a second.
+            nonlocal last
+            now = time.monotonic()
+            if phase != last[0] or now - last[1] > 0.1 or done == total:
+                last = (phase, now)
+                self._reply(wire.Progress(request.request, phase, done, total))
 
         info = backend.load(request.spec, report)
         self._backend = backend

@@ -1,0 +1,205 @@
+"""The HF backend: the common contract, and what only transformers can do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.backends.contract import (
+    GREEDY,
+    BackendContract,
+    events,
+    finish,
+    picture,
+    stats,
+    text_of,
+    user,
+)
+from w2c_tui.backends.hf import HFBackend, choose_dtype
+from w2c_tui.core.config import GenerationParams, LoadSpec
+from w2c_tui.core.conversation import Message
+from w2c_tui.core.errors import (
+    DownloadError,
+    EngineError,
+    ModelNotFoundError,
+    W2CError,
+)
+from w2c_tui.core.image import open_image, pixel_values
+
+
+def load(folder, **changes) -> HFBackend:
+    backend = HFBackend()
+    spec = LoadSpec(name=str(folder), **({"dtype": "float32", "device_map": "cpu"} | changes))
+    backend.load(spec, lambda *_: None)
+    return backend
+
+
+class TestContract(BackendContract):
+    @pytest.fixture(scope="class")
+    def fresh(self, tiny_llama, tiny_llava):
+        return lambda kind: load(tiny_llava if kind == "vision" else tiny_llama)
+
+    @pytest.fixture(scope="class")
+    def vision(self, fresh):
+        return fresh("vision")
+
+    @pytest.fixture(scope="class")
+    def text(self, fresh):
+        return fresh("text")
+
+
+@pytest.fixture(scope="module")
+def llava(tiny_llava):
+    return load(tiny_llava)
+
+
+def conversation(*images):
+    return [
+        user("Please generate html code", *images),
+        Message("assistant", "<html><s>old</s></html>"),
+        user("Bigger"),
+    ]
+
+
+def test_incremental_logits_equal_one_forward_pass_of_the_model(llava):
+    """Chunks, a cache and spliced features against `model(input_ids, pixel_values)`."""
+    red, blue = picture("red"), picture("blue", (30, 80))
+    messages = conversation(red, blue)
+    units, ids = llava._encode(messages)
+    with torch.inference_mode():
+        pixels = torch.stack(
+            [
+                torch.from_numpy(pixel_values(open_image(image), llava._loaded.image_spec))
+                for image in (red, blue)
+            ]
+        )
+        whole = llava._model(input_ids=torch.tensor([ids]), pixel_values=pixels).logits[0]
+        llava._reset_context()
+        rows = []
+        for start in range(0, len(units), 7):
+            part = units[start : start + 7]
+            rows.append(llava._run(part, keep=len(part)))
+    assert (torch.cat(rows) - whole).abs().max() < 1e-4
+    llava._settle()
+
+
+def test_kept_context_gives_the_logits_of_a_fresh_run(llava, tiny_llava):
+    messages = conversation(picture("red"))
+    events(llava, messages[:1])
+    units, _ = llava._encode(messages)
+    with torch.inference_mode():
+        *_, kept = llava._prefill(units)
+        other = load(tiny_llava)
+        other_units, _ = other._encode(messages)
+        *_, fresh = other._prefill(other_units)
+    assert (kept - fresh).abs().max() < 1e-4
+
+
+def test_greedy_text_equals_transformers_generate(tiny_llama):
+    backend = load(tiny_llama)
+    messages = [user("Write a page with prices")]
+    ours = text_of(events(backend, messages))
+    _, ids = backend._encode(messages)
+    inputs = torch.tensor([ids])
+    output = backend._model.generate(
+        inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=24, do_sample=False
+    )
+    theirs = backend._tokenizer.decode(output[0, len(ids) :].tolist())
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_quantised_models_answer_and_keep_the_vision_tower_whole(tiny_llava, quantization):
+    backend = load(tiny_llava, quantization=quantization, dtype="bfloat16")
+    kinds = {
+        name: type(module).__name__
+        for name, module in backend._model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    quantised = [name for name, kind in kinds.items() if kind != "Linear"]
+    assert any("language_model.layers" in name for name in quantised)
+    assert not any("vision_tower" in n or "projector" in n or "lm_head" in n for n in quantised)
+    assert finish(events(backend, conversation(picture("red")))).reason in ("stop", "length")
+
+
+def test_cpu_and_disk_offload_gives_the_same_text(tiny_llava, tmp_path):
+    messages = conversation(picture("red"))
+    expected = text_of(events(load(tiny_llava), messages))
+    backend = load(
+        tiny_llava,
+        device_map="auto",
+        max_memory={"cpu": "500KB"},
+        offload_folder=str(tmp_path / "offload"),
+    )
+    assert "disk" in {str(d) for d in backend._model.hf_device_map.values()}
+    assert text_of(events(backend, messages)) == expected
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_attention_implementations_agree(tiny_llama, attn):
+    assert text_of(events(load(tiny_llama, attn=attn), [user("Write")])) == text_of(
+        events(load(tiny_llama), [user("Write")])
+    )
+
+
+def test_missing_models_say_what_to_do(tmp_path):
+    with pytest.raises(ModelNotFoundError, match="no-such"):
+        load(tmp_path / "no-such-folder")
+    with pytest.raises(ModelNotFoundError) as caught:
+        load("smolm2-135")
+    assert "smollm2-135m" in caught.value.hint
+    with pytest.raises((DownloadError, ModelNotFoundError)) as caught:
+        load("someone/some-model")
+    assert "someone/some-model" in caught.value.message
+    assert caught.value.hint
+
+
+def test_an_empty_folder_is_a_clear_error(tmp_path):
+    with pytest.raises(W2CError, match=tmp_path.name):
+        load(tmp_path)
+
+
+def test_a_failed_load_leaves_no_model_and_another_load_works(tiny_llama, tmp_path):
+    backend = load(tiny_llama)
+    with pytest.raises(W2CError):
+        backend.load(LoadSpec(name=str(tmp_path)), lambda *_: None)
+    with pytest.raises(EngineError, match="No model"):
+        events(backend, [user("Write")])
+    backend.load(LoadSpec(name=str(tiny_llama), dtype="float32"), lambda *_: None)
+    assert text_of(events(backend, [user("Write")]))
+
+
+def test_context_can_be_capped(tiny_llama):
+    backend = load(tiny_llama, context=64)
+    found = events(backend, [user("Write")], GenerationParams(temperature=0, max_new_tokens=500))
+    assert stats(found).context_length == 64
+    assert stats(found).context_used <= 64
+
+
+def test_repetition_penalty_changes_the_text(tiny_llama):
+    backend = load(tiny_llama)
+    params = GenerationParams(temperature=0, max_new_tokens=24, repetition_penalty=1.8)
+    assert text_of(events(backend, [user("Write")], params)) != text_of(
+        events(backend, [user("Write")], GREEDY)
+    )
+
+
+def test_automatic_dtype_is_one_this_machine_computes_in():
+    assert choose_dtype("auto") in (torch.float32, torch.bfloat16, torch.float16)
+    assert choose_dtype("float16") is torch.float16
+
+
+def test_buffered_cache_grows_and_crops_without_losing_anything():
+    from w2c_tui.backends.hf import _GrowingLayer
+
+    layer = _GrowingLayer()
+    torch.manual_seed(0)
+    keys, values = torch.randn(2, 1, 2, 700, 4).unbind(0)
+    for start in range(0, 600, 7):
+        end = min(start + 7, 600)
+        got = layer.update(keys[..., start:end, :], values[..., start:end, :])
+    assert torch.equal(got[0], keys[..., :600, :])
+    layer.crop_to(250)
+    got = layer.update(keys[..., 600:, :], values[..., 600:, :])
+    assert torch.equal(got[0], torch.cat([keys[..., :250, :], keys[..., 600:, :]], dim=-2))
+    assert torch.equal(got[1], torch.cat([values[..., :250, :], values[..., 600:, :]], dim=-2))

@@ -1,0 +1,1502 @@
+"""Reading, checking and writing model folders.
+
+Owns what is known of checkpoint layouts: which tensors a file holds, what the model calls them,
+and that every one of them is accounted for before a byte of weights is read. Three layouts are
+read: Hugging Face folders of any model that transformers supports, LLaVA folders (`mm_projector`,
+`vision_tower.vision_tower`) over CrystalCoder or Llama, and CrystalCoder as published (GPT-2 names,
+fused Conv1D). GGUF files of text models are converted once and then read as folders.
+
+Tensors are handed to transformers' own loader one by one as it asks for them, so placement,
+quantisation and offload are its work, and no more than the tensor at hand is held twice. What a
+folder is, is read from its `config.json`, never from its path. Code that comes with a model runs
+only if the caller says so; pickles are only read by torch's weights-only loader.
+
+Knows nothing about prompts, pixels or the terminal. Formats: safetensors header
+(huggingface/safetensors README), LLaVA (haotian-liu/LLaVA), CrystalCoder (LLM360/CrystalChat).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+import pickle
+import re
+import shutil
+import tempfile
+import threading
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+)
+
+import w2c_tui
+from w2c_tui.core.errors import (
+    CheckpointError,
+    DownloadError,
+    MissingPackageError,
+    ModelNotFoundError,
+    OutOfMemoryError,
+    UnsafeCheckpointError,
+    W2CError,
+)
+from w2c_tui.core.image import ImageSpec
+from w2c_tui.models import crystal, llava
+
+crystal.register()
+
+Report = Callable[[str, int, int], None]
+Quantization = Literal["none", "4bit", "8bit"]
+IMAGE_TOKEN = "<image>"
+CARD_NAME = "w2c.json"
+CARD_VERSION = 1
+
+# LLaVA's model types and the text models under them.
+_LLAVA_TEXT = {
+    "llava_crystal": "crystalcoder",
+    "llava_llama": "llama",
+    "llava": "llama",
+    "llava_mistral": "mistral",
+}
+# Constants that old checkpoints store beside their weights.
+_KNOWN_BUFFERS = re.compile(
+    r"(^|\.)(attn\.bias|attn\.masked_bias|position_ids|rotary_emb\.inv_freq)$"
+)
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def _silent(phase: str, done: int, total: int) -> None:
+    """A `report` for callers that show nothing."""
+
+
+# --- What is beside the weights -------------------------------------------------------------------
+
+
+class CheckpointCard(msgspec.Struct, frozen=True, kw_only=True):
+    """`w2c.json`, the facts about a checkpoint that Hugging Face's files have no place for.
+
+    `family`: what the weights are, e.g. "llava_crystal". `template`: "plain", "v1" or "chat" (the
+    tokenizer's own). `image`: how pixels are prepared. `recipe`, `data_fingerprint`: how it was
+    trained. `code_version`: of this package, when it was written.
+    """
+
+    family: str
+    template: str
+    image: ImageSpec | None = None
+    recipe: dict[str, Any] = {}
+    data_fingerprint: str = ""
+    code_version: str = w2c_tui.__version__
+    format_version: int = CARD_VERSION
+
+
+def read_card(folder: Path) -> CheckpointCard | None:
+    """The card in `folder`, or None. Raises CheckpointError if it cannot be used."""
+    path = folder / CARD_NAME
+    if not path.is_file():
+        return None
+    raw = _read_json(path)
+    version = raw.get("format_version")
+    if not isinstance(version, int) or version > CARD_VERSION:
+        raise CheckpointError(
+            f"{path}: format_version is {version!r}; this version of w2c-tui reads up to "
+            f"{CARD_VERSION}.",
+            hint="Update w2c-tui.",
+        )
+    try:
+        return msgspec.convert(raw, CheckpointCard)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{path}: {error}.", hint="Write the card again.") from error
+
+
+def write_card(folder: Path, card: CheckpointCard) -> None:
+    """Write `card` into `folder`."""
+    data = msgspec.json.format(msgspec.json.encode(card), indent=2)
+    (folder / CARD_NAME).write_bytes(data + b"\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, with everything needed to talk to it.
+
+    `template`: "plain", "v1" or "chat". `image_spec`: how this project prepares pixels; None where
+    `processor` does, or where the model reads text only. `image_seq_length`: features per image
+    where `image_spec` is given, else 0.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    processor: ProcessorMixin | None
+    template: str
+    image_spec: ImageSpec | None
+    family: str
+    context_length: int
+    source_label: str
+    image_seq_length: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A folder that was looked at: everything about the model except its weights.
+
+    `tensors`: what will be loaded, by the names of the standard folder; None where transformers
+    must read the folder itself (code of its own, or weights that are already quantised).
+    """
+
+    folder: Path
+    label: str
+    config: PreTrainedConfig
+    model_class: Any
+    tensors: dict[str, StoredTensor] | None
+    tokenizer: PreTrainedTokenizerFast
+    processor: ProcessorMixin | None
+    card: CheckpointCard
+    trust_remote_code: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of weights as they are stored."""
+        return sum(tensor.num_bytes for tensor in (self.tensors or {}).values())
+
+
+# --- Tensors in files -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a file, not read yet; `tensor[...]` reads it, into memory of its own.
+
+    Reading copies instead of mapping the file: a mapped tensor that has to be transposed, cast or
+    quantised is held twice, and a file that is replaced while the model runs takes the process
+    down with it.
+    """
+
+    key: str
+    path: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.read()[index]
+
+    def changed(
+        self, shape: tuple[int, ...], change: Callable[[torch.Tensor], torch.Tensor]
+    ) -> StoredTensor:
+        return dataclasses.replace(self, shape=shape, read=lambda: change(self.read()))
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the model weights in `folder`: safetensors if there, else pickled shards.
+
+    Raises CheckpointError naming the file that is missing, cut off or inconsistent, and
+    UnsafeCheckpointError for a pickle that holds more than tensors. An empty dict means no weights.
+    """
+    for stem, read in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", _read_bin)):
+        index = folder / f"{stem}.index.json"
+        if index.is_file():
+            return _sharded(index, read)
+        if (folder / stem).is_file():
+            return read(folder / stem)
+    return {}
+
+
+def _sharded(
+    index: Path, read: Callable[[Path], dict[str, StoredTensor]]
+) -> dict[str, StoredTensor]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index} has no weight_map.", hint="Download the file again.")
+    shards = sorted(set(weight_map.values()))
+    absent = [shard for shard in shards if not (index.parent / shard).is_file()]
+    if absent:
+        raise CheckpointError(
+            f"{len(absent)} of {len(shards)} files of weights are missing in {index.parent}: "
+            f"{_listed(absent)}",
+            hint="Download them again.",
+        )
+    tensors: dict[str, StoredTensor] = {}
+    for shard in shards:
+        tensors |= read(index.parent / shard)
+    lost = sorted(set(weight_map) - set(tensors))
+    if lost:
+        raise CheckpointError(
+            f"{index} promises {len(lost)} tensors that its files do not hold: {_listed(lost)}",
+            hint="The files do not belong together; download them again.",
+        )
+    return tensors
+
+
+def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """See the format section of the safetensors README: length, JSON header, then raw bytes."""
+
+    def damaged(problem: str) -> CheckpointError:
+        return CheckpointError(f"{path}: {problem}.", hint="Download the file again.")
+
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(size - 8, 100_000_000):
+            raise damaged("this is not a safetensors file, or it is cut off in its header")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            entries = [
+                (key, _DTYPES[entry["dtype"]], tuple(entry["shape"]), *entry["data_offsets"])
+                for key, entry in header.items()
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise damaged(f"its header cannot be read ({error!r})") from error
+    data = 8 + length
+    tensors = {}
+    for key, dtype, shape, start, end in entries:
+        if end - start != math.prod(shape) * dtype.itemsize:
+            raise damaged(f"{key} has {end - start} bytes, which do not fit its shape {shape}")
+        if data + end > size:
+            raise damaged(f"cut off after {size:,} bytes, {key} ends at {data + end:,}")
+        tensors[key] = _in_file(key, path, data + start, dtype, shape, shape, _contiguous(shape))
+    return tensors
+
+
+def _read_bin(path: Path) -> dict[str, StoredTensor]:
+    """A torch pickle, by the weights-only loader; of a zip only the table of contents is read."""
+    zipped = zipfile.is_zipfile(path)
+    try:
+        content = torch.load(path, map_location="meta" if zipped else "cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = re.search(r"Unsupported [^\n]+?(?= was not|\.? ?\n|$)", str(error))
+        raise UnsafeCheckpointError(
+            f"{path} holds more than tensors: {reason[0] if reason else 'it is no plain pickle'}.",
+            hint="Opening it in full could run its code. Take a safetensors version instead.",
+        ) from error
+    except (RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {_brief(error)}",
+            hint="The file is damaged or cut off; download it again.",
+        ) from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not tensors by name.")
+    tensors = {}
+    for key, value in content.items():
+        if not isinstance(value, torch.Tensor):
+            raise CheckpointError(f"{path}: {key} is a {type(value).__name__}, not a tensor.")
+        shape = tuple(value.shape)
+        offset = getattr(value.untyped_storage(), "_checkpoint_offset", None)
+        if not zipped:
+            tensors[key] = StoredTensor(key, path, shape, value.dtype, value.detach().clone)
+            continue
+        assert offset is not None, "torch tells where in the zip each storage lies"
+        start = offset + value.storage_offset() * value.dtype.itemsize
+        extent = (1 + sum((n - 1) * s for n, s in zip(shape, value.stride(), strict=True)),)
+        if 0 in shape:
+            extent = (0,)
+        tensors[key] = _in_file(key, path, start, value.dtype, shape, extent, value.stride())
+    return tensors
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[at + 1 :]) for at in range(len(shape)))
+
+
+def _in_file(
+    key: str,
+    path: Path,
+    start: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    extent: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> StoredTensor:
+    """A tensor whose `extent` elements lie in `path` from byte `start` on."""
+
+    def read() -> torch.Tensor:
+        flat = torch.empty(math.prod(extent), dtype=dtype)
+        view = memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            done = 0
+            while done < len(view):
+                count = file.readinto(view[done : done + (1 << 30)])
+                if not count:
+                    raise CheckpointError(
+                        f"{path} ends inside {key}.",
+                        hint="The file changed while it was read; download it again.",
+                    )
+                done += count
+        return flat.as_strided(shape, stride).contiguous()
+
+    return StoredTensor(key, path, shape, dtype, read)
+
+
+def _fused(tensor: StoredTensor, parts: int) -> list[StoredTensor]:
+    """A Conv1D weight [in, parts * out] or bias [parts * out] as `parts` Linear ones.
+
+    The fused tensor is read once for all its parts, which are asked for one after another.
+    """
+    lock = threading.Lock()
+    held: list[torch.Tensor] = []
+    served: set[int] = set()
+    out = tensor.shape[-1] // parts
+
+    def part(at: int) -> torch.Tensor:
+        with lock:
+            if not held:
+                held.append(tensor.read())
+            whole = held[0]
+            served.add(at)
+            if len(served) == parts:
+                held.clear()
+                served.clear()
+        piece = whole[..., at * out : (at + 1) * out]
+        return piece.t().contiguous() if piece.ndim == 2 else piece.clone()
+
+    shape = (out, tensor.shape[0]) if len(tensor.shape) == 2 else (out,)
+    return [
+        dataclasses.replace(tensor, shape=shape, read=lambda at=at: part(at)) for at in range(parts)
+    ]
+
+
+def _with_rows(tensor: StoredTensor, rows: int) -> StoredTensor:
+    """`tensor` with rows added at its end, each the mean of all.
+
+    As a row of the head, the mean gives a logit no higher than the best one, so that a token that
+    was never trained is never the likeliest.
+    """
+    if tensor.shape[0] >= rows:
+        return tensor
+
+    def grow(weight: torch.Tensor) -> torch.Tensor:
+        mean = weight.mean(dim=0, keepdim=True, dtype=torch.float32).to(weight.dtype)
+        return torch.cat((weight, mean.expand(rows - len(weight), -1)))
+
+    return tensor.changed((rows, *tensor.shape[1:]), grow)
+
+
+# --- Layouts --------------------------------------------------------------------------------------
+
+
+_CRYSTAL_NAMES = {
+    "ln_1": "input_layernorm",
+    "ln_2": "post_attention_layernorm",
+    "attn.c_proj": "self_attn.o_proj",
+    "mlp.c_fc": "mlp.up_proj",
+    "mlp.c_fc2": "mlp.gate_proj",
+    "mlp.c_proj": "mlp.down_proj",
+}
+_CRYSTAL_BLOCK = re.compile(r"transformer\.h\.(\d+)\.(.+)\.(weight|bias)")
+
+
+def _crystal_tensors(key: str, tensor: StoredTensor) -> dict[str, StoredTensor] | None:
+    """A published CrystalCoder tensor under the names of `CrystalCoderForCausalLM`, or None."""
+    whole = {
+        "transformer.wte.weight": "model.embed_tokens.weight",
+        "transformer.ln_f.weight": "model.norm.weight",
+        "transformer.ln_f.bias": "model.norm.bias",
+        "lm_head.weight": "lm_head.weight",
+    }
+    if key in whole:
+        return {whole[key]: tensor}
+    match = _CRYSTAL_BLOCK.fullmatch(key)
+    if match is None:
+        return None
+    layer, name, kind = match.groups()
+    prefix = f"model.layers.{layer}"
+    if name == "attn.c_attn":
+        projections = ("q_proj", "k_proj", "v_proj")
+        parts = _fused(tensor, 3)
+        return {
+            f"{prefix}.self_attn.{projection}.{kind}": part
+            for projection, part in zip(projections, parts, strict=True)
+        }
+    if name not in _CRYSTAL_NAMES:
+        return None
+    if "c_" in name:
+        (tensor,) = _fused(tensor, 1)
+    return {f"{prefix}.{_CRYSTAL_NAMES[name]}.{kind}": tensor}
+
+
+def _llama_tensors(key: str, tensor: StoredTensor) -> dict[str, StoredTensor] | None:
+    known = key.startswith(("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head."))
+    return {key: tensor} if known else None
+
+
+_TEXT_LAYOUTS = {
+    "crystalcoder": _crystal_tensors,
+    "llama": _llama_tensors,
+    "mistral": _llama_tensors,
+}
+_PROJECTOR = re.compile(r"(?:.*\.)?mm_projector\.(\d+)\.(weight|bias)")
+_TOWER = re.compile(r"(?:.*\.)?vision_tower\.vision_tower\.(vision_model\..+)")
+
+
+def _standard_names(
+    tensors: Mapping[str, StoredTensor], text_type: str, *, multimodal: bool
+) -> tuple[dict[str, StoredTensor], list[StoredTensor]]:
+    """Published tensors under the names of a standard folder, and those that have none there.
+
+    The standard names are those that `LlavaForConditionalGeneration` and the text model's causal
+    LM write themselves.
+    """
+    layout = _TEXT_LAYOUTS[text_type]
+    prefix = "language_model." if multimodal else ""
+    named: dict[str, StoredTensor] = {}
+    unknown: list[StoredTensor] = []
+    for key, tensor in tensors.items():
+        if _KNOWN_BUFFERS.search(key):
+            continue
+        if multimodal and (match := _PROJECTOR.fullmatch(key)) and match[1] in ("0", "2"):
+            linear = {"0": "linear_1", "2": "linear_2"}[match[1]]
+            named[f"multi_modal_projector.{linear}.{match[2]}"] = tensor
+        elif multimodal and (match := _TOWER.fullmatch(key)):
+            named[f"vision_tower.{match[1]}"] = tensor
+        elif (text := layout(key, tensor)) is not None:
+            named |= {prefix + name: part for name, part in text.items()}
+        else:
+            unknown.append(tensor)
+    return named, unknown
+
+
+def _standard_name(name: str) -> str:
+    """What the standard folder calls the parameter that the model calls `name`."""
+    for inside, outside in (
+        ("model.language_model.", "language_model.model."),
+        ("model.vision_tower.", "vision_tower.vision_model."),
+        ("model.multi_modal_projector.", "multi_modal_projector."),
+        ("lm_head.", "language_model.lm_head."),
+    ):
+        if name.startswith(inside):
+            return outside + name.removeprefix(inside)
+    return name
+
+
+def _account(
+    label: str,
+    model_class: Any,
+    config: PreTrainedConfig,
+    tensors: Mapping[str, StoredTensor],
+    unknown: list[StoredTensor],
+) -> None:
+    """Raise CheckpointError unless `tensors` are exactly the parameters of the model."""
+    model = _empty_model(model_class, config)
+    multimodal = isinstance(config, LlavaConfig)
+    wanted = {
+        _standard_name(name) if multimodal else name: tuple(parameter.shape)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if not (config.tie_word_embeddings and name == "lm_head.weight")
+    }
+    problems = []
+    if missing := sorted(set(wanted) - set(tensors)):
+        problems.append(f"missing: {_listed(missing)}")
+    surplus = [tensors[name] for name in tensors if name not in wanted]
+    if strange := [f"{t.key} ({t.path.name})" for t in (*unknown, *surplus)]:
+        problems.append(f"unexpected: {_listed(sorted(set(strange)))}")
+    if wrong := [
+        f"{t.key} ({t.path.name}) is {_times(t.shape)}, {name} needs {_times(wanted[name])}"
+        for name, t in tensors.items()
+        if name in wanted and wanted[name] != t.shape
+    ]:
+        problems.append(f"of another size: {_listed(wrong)}")
+    if problems:
+        raise CheckpointError(
+            f"The weights of {label} do not fit its config.json. " + "; ".join(problems),
+            hint="The files belong to different models, or the download is incomplete.",
+        )
+
+
+def _empty_model(model_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        return model_class(config)
+
+
+# --- Looking at a source --------------------------------------------------------------------------
+
+
+def open_checkpoint(
+    source: str | os.PathLike[str],
+    *,
+    trust_remote_code: bool = False,
+    report: Report = _silent,
+    cache_dir: Path | None = None,
+) -> Checkpoint:
+    """Find out what `source` is: a folder, a `.gguf` file, or a hub name `owner/name`.
+
+    No weights are read except to convert a GGUF file, which is done once, into `cache_dir`
+    (default: the application's cache). Raises ModelNotFoundError, DownloadError, CheckpointError or
+    UnsafeCheckpointError.
+    """
+    folder = _resolve(os.fspath(source), report, cache_dir, trust_remote_code)
+    label = os.fspath(source)
+    with _damage_in(folder):
+        raw = _read_config(folder)
+        if _is_llava_layout(raw):
+            return _open_llava_layout(folder, label, raw, report, cache_dir)
+        return _open_huggingface(folder, label, raw, trust_remote_code)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if path.is_file():
+        return _read_json(path)
+    if (folder / "adapter_config.json").is_file():
+        base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise CheckpointError(
+            f"{folder} is a LoRA adapter (adapter_config.json) without its base model"
+            + (f" {base}." if base else "."),
+            hint="Merge the adapter into its base model and load the merged folder.",
+        )
+    raise CheckpointError(
+        f"{folder} has no config.json, so it is no model folder.",
+        hint="Name the folder that holds config.json and the weights.",
+    )
+
+
+def _is_llava_layout(raw: Mapping[str, Any]) -> bool:
+    """LLaVA's own format shares `model_type: llava` with Hugging Face's, but not its fields."""
+    return raw.get("model_type") in _LLAVA_TEXT and "text_config" not in raw
+
+
+def _open_huggingface(
+    folder: Path, label: str, raw: dict[str, Any], trust_remote_code: bool
+) -> Checkpoint:
+    config = _known_config(folder, raw, trust_remote_code)
+    model_class = _model_class(config)
+    remote = model_class is None
+    if remote:
+        if not trust_remote_code:
+            raise UnsafeCheckpointError(
+                f"{label}: models of type {raw.get('model_type')!r} need the Python code that "
+                "comes with them.",
+                hint="Add --trust-remote-code to run it, if you trust whoever wrote it.",
+            )
+        model_class = AutoModelForCausalLM
+    tensors: dict[str, StoredTensor] | None = None
+    if not remote and getattr(config, "quantization_config", None) is None:
+        tensors = stored_tensors(folder)
+        if not tensors:
+            raise _no_weights(folder)
+    published_crystal = config.model_type == "crystalcoder" and "transformer.wte.weight" in (
+        tensors or ()
+    )
+    if tensors is not None and published_crystal:
+        tensors, unknown = _standard_names(tensors, "crystalcoder", multimodal=False)
+        config.tie_word_embeddings = "lm_head.weight" not in tensors
+        _account(label, model_class, config, tensors, unknown)
+    images = model_class in AutoModelForImageTextToText._model_mapping.values()
+    processor = _load_processor(folder, trust_remote_code) if images else None
+    tokenizer = getattr(processor, "tokenizer", None) or _load_tokenizer(folder, config)
+    card = read_card(folder) or _card_of(folder, config, tokenizer, processor)
+    if card.image is not None:
+        processor = None
+    return Checkpoint(
+        folder, label, config, model_class, tensors, tokenizer, processor, card, trust_remote_code
+    )
+
+
+def _known_config(folder: Path, raw: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
+    model_type = raw.get("model_type")
+    if model_type in transformers.CONFIG_MAPPING:
+        fields = {key: value for key, value in raw.items() if key != "auto_map"}
+        return transformers.CONFIG_MAPPING[model_type].from_dict(fields)
+    if "auto_map" not in raw:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: model_type is {model_type!r}, which nothing here can run.",
+            hint="Take a model that transformers supports, a LLaVA folder, or a .gguf file.",
+        )
+    if not trust_remote_code:
+        raise UnsafeCheckpointError(
+            f"{folder / 'config.json'}: model_type {model_type!r} needs the Python code that "
+            "comes with the model.",
+            hint="Add --trust-remote-code to run it, if you trust whoever wrote it.",
+        )
+    return AutoConfig.from_pretrained(folder, trust_remote_code=True)
+
+
+def _model_class(config: PreTrainedConfig) -> Any:
+    for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
+        if type(config) in auto._model_mapping:
+            return auto._model_mapping[type(config)]
+    if type(config) in transformers.CONFIG_MAPPING.values():
+        raise CheckpointError(
+            f"A model of type {config.model_type!r} does not write text.",
+            hint="Take a language model or an image-text-to-text model.",
+        )
+    return None
+
+
+def _card_of(
+    folder: Path,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    processor: ProcessorMixin | None,
+) -> CheckpointCard:
+    """What a folder without w2c.json says about itself."""
+    chat = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
+    if not isinstance(config, LlavaConfig):
+        return CheckpointCard(family=config.model_type, template="chat")
+    image = None
+    if llava.is_known_tower(config.vision_config):
+        for name in ("preprocessor_config.json", "processor_config.json"):
+            if (folder / name).is_file():
+                # What the spec cannot express is left to the folder's own processor.
+                with contextlib.suppress(CheckpointError):
+                    image = ImageSpec.from_processor_config(_read_json(folder / name))
+                break
+    return CheckpointCard(
+        family=_llava_family(config.text_config.model_type),
+        template="chat" if chat else "v1",
+        image=image,
+    )
+
+
+def _llava_family(text_type: str) -> str:
+    names = {text: family for family, text in _LLAVA_TEXT.items() if family != "llava"}
+    return names.get(text_type, f"llava_{text_type}")
+
+
+# --- LLaVA's own layout ---------------------------------------------------------------------------
+
+
+def _open_llava_layout(
+    folder: Path, label: str, raw: dict[str, Any], report: Report, cache_dir: Path | None
+) -> Checkpoint:
+    text_type = _LLAVA_TEXT[raw["model_type"]]
+    for field, known in (
+        ("mm_projector_type", ("mlp2x_gelu",)),
+        ("mm_patch_merge_type", (None, "flat")),
+        ("mm_use_im_start_end", (None, False)),
+        ("mm_vision_select_feature", (None, "patch", "cls_patch")),
+        ("image_aspect_ratio", (None, "pad", "square")),
+    ):
+        if raw.get(field) not in known:
+            raise CheckpointError(
+                f"{folder / 'config.json'}: {field} is {raw.get(field)!r}; "
+                f"supported: {', '.join(repr(value) for value in known)}.",
+                hint="Only LLaVA-1.5 style checkpoints are read in this layout.",
+            )
+    stored = stored_tensors(folder)
+    stage_1 = folder / "mm_projector.bin"
+    only_projector = not stored and stage_1.is_file()
+    base = None
+    if only_projector:
+        base = _stage_1_base(folder, raw, report, cache_dir)
+        stored = stored_tensors(base)
+    if stage_1.is_file():
+        stored |= _read_bin(stage_1)
+    if not stored:
+        raise _no_weights(folder)
+    tensors, unknown = _standard_names(stored, text_type, multimodal=True)
+
+    vision_config, tower_image, tower_folder = _tower_of(folder, raw, report, cache_dir)
+    if not any(name.startswith("vision_tower.") for name in tensors):
+        tower_folder = tower_folder or _resolve(raw["mm_vision_tower"], report, cache_dir, False)
+        tensors |= {
+            f"vision_tower.{key}": tensor
+            for key, tensor in stored_tensors(tower_folder).items()
+            if key.startswith("vision_model.") and not _KNOWN_BUFFERS.search(key)
+        }
+    text_class = transformers.CONFIG_MAPPING[text_type]
+    fields = {field.name for field in dataclasses.fields(text_class)} | {"rope_theta"}
+    text_config = text_class.from_dict(
+        {key: raw[key] for key in raw if key in fields - {"architectures", "auto_map"}}
+    )
+    tokenizer = _load_tokenizer(folder if _has_tokenizer(folder) else base or folder, text_config)
+    image_token_id = _add_image_token(tokenizer)
+    text_config.tie_word_embeddings = "language_model.lm_head.weight" not in tensors
+    if image_token_id >= text_config.vocab_size:
+        text_config.vocab_size = -(-(image_token_id + 1) // 64) * 64
+        for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+            if name in tensors:
+                tensors[name] = _with_rows(tensors[name], text_config.vocab_size)
+    keeps_cls = raw.get("mm_vision_select_feature") == "cls_patch"
+    has_cls = llava.has_cls_token(vision_config)
+    config = llava.llava_config(
+        text_config,
+        vision_config,
+        image_token_id=image_token_id,
+        select_strategy="full" if keeps_cls or not has_cls else "default",
+        feature_layer=raw.get("mm_vision_select_layer", -2),
+    )
+    _account(label, LlavaForConditionalGeneration, config, tensors, unknown)
+    card = CheckpointCard(
+        family=_llava_family(text_type),
+        template="plain" if only_projector else "v1",
+        image=msgspec.structs.replace(tower_image, aspect="pad", shortest_edge=None)
+        if raw.get("image_aspect_ratio") == "pad"
+        else tower_image,
+    )
+    return Checkpoint(
+        folder, label, config, LlavaForConditionalGeneration, tensors, tokenizer, None, card
+    )
+
+
+def _stage_1_base(
+    folder: Path, raw: Mapping[str, Any], report: Report, cache_dir: Path | None
+) -> Path:
+    """The language model that the projector of a stage-1 folder was trained for."""
+    base = raw.get("_name_or_path")
+    if not base:
+        raise CheckpointError(
+            f"{folder} holds only a projector (mm_projector.bin), and its config.json does not "
+            "name the base model (_name_or_path).",
+            hint="Put the base model's weights into the same folder.",
+        )
+    resolved = _resolve(str(base), report, cache_dir, False)
+    if not stored_tensors(resolved):
+        raise _no_weights(resolved)
+    return resolved
+
+
+def _tower_of(
+    folder: Path, raw: Mapping[str, Any], report: Report, cache_dir: Path | None
+) -> tuple[PreTrainedConfig, ImageSpec, Path | None]:
+    """Configuration and pixels of the vision tower, and its own folder if that was looked into.
+
+    From `vision_config` in config.json, from the built-in table, or from the tower's own folder.
+    """
+    name = raw.get("mm_vision_tower")
+    if not name:
+        raise CheckpointError(
+            f"{folder / 'config.json'} does not name its vision tower (mm_vision_tower).",
+            hint="Add the field, for example openai/clip-vit-large-patch14-336.",
+        )
+    known = llava.TOWERS.get(name)
+    described = raw.get("vision_config")
+    own = None
+    if known is None and (described is None or not (folder / "preprocessor_config.json").is_file()):
+        own = _resolve(str(name), report, cache_dir, False)
+    if described is not None:
+        vision_config = AutoConfig.for_model(**{"model_type": "clip_vision_model", **described})
+    elif known is not None:
+        vision_config = known.vision_config()
+    else:
+        assert own is not None
+        vision_config = AutoConfig.from_pretrained(own)
+        vision_config = getattr(vision_config, "vision_config", vision_config)
+    for place in (folder, own):
+        if place is not None and (place / "preprocessor_config.json").is_file():
+            raw_image = _read_json(place / "preprocessor_config.json")
+            return vision_config, ImageSpec.from_processor_config(raw_image), own
+    if known is None:
+        raise CheckpointError(
+            f"The vision tower {name} has no preprocessor_config.json.",
+            hint="Without it nobody knows which pixels it expects.",
+        )
+    size = vision_config.image_size if described is not None else known.image.size
+    return vision_config, msgspec.structs.replace(known.image, size=size), own
+
+
+# --- Tokenizers and processors --------------------------------------------------------------------
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    return any((folder / name).is_file() for name in names)
+
+
+def _load_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenizerFast:
+    if not _has_tokenizer(folder):
+        raise CheckpointError(
+            f"{folder} has no tokenizer (tokenizer.json or tokenizer.model).",
+            hint="Copy the tokenizer files of the base model into the folder.",
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder, config=config)
+    except (ValueError, KeyError, TypeError, OSError, ImportError, AttributeError) as error:
+        raise CheckpointError(
+            f"The tokenizer in {folder} cannot be read: {_brief(error)}",
+            hint="Save it again as a fast tokenizer (tokenizer.json).",
+        ) from error
+
+
+def _load_processor(folder: Path, trust_remote_code: bool) -> ProcessorMixin | None:
+    try:
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except ImportError as error:
+        raise MissingPackageError(
+            f"The processor of {folder} needs a package that is not installed: {_brief(error)}",
+            hint="Install it with pip.",
+        ) from error
+    except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
+        raise CheckpointError(
+            f"The processor in {folder} cannot be read: {_brief(error)}",
+            hint="Download the folder again, with preprocessor_config.json.",
+        ) from error
+
+
+def _add_image_token(tokenizer: PreTrainedTokenizerFast) -> int:
+    tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+    return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+
+
+# --- Where a source is ----------------------------------------------------------------------------
+
+
+def _resolve(source: str, report: Report, cache_dir: Path | None, trust_remote_code: bool) -> Path:
+    """The folder that `source` means, downloaded or converted if it has to be."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        with path.open("rb") as file:
+            magic = file.read(4)
+        if magic == b"GGUF":
+            return _converted_gguf(path, cache_dir, report)
+        raise ModelNotFoundError(
+            f"{path} is a file, but not a GGUF model.",
+            hint="Name the folder that holds config.json and the weights.",
+        )
+    if re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", source) and not path.parent.is_dir():
+        return _download(source, report, trust_remote_code)
+    raise ModelNotFoundError(
+        f"There is no model {source}.",
+        hint="Give a folder, a .gguf file, or a hub name like LLM360/CrystalChat-7B-Web2Code.",
+    )
+
+
+def _download(name: str, report: Report, trust_remote_code: bool) -> Path:
+    """The local snapshot of a hub repository, fetched unless HF_HUB_OFFLINE forbids it."""
+    import httpx2
+    from huggingface_hub import HfApi, is_offline_mode, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    weights = ["*.safetensors", "*.bin"]
+    try:
+        with contextlib.suppress(OfflineModeIsEnabled, httpx2.TransportError):
+            files = HfApi().list_repo_files(name)
+            safe = any(re.fullmatch(r"model.*\.safetensors", file) for file in files)
+            weights = ["*.safetensors"] if safe else ["*.bin"]
+        patterns = ["*.json", "*.jinja", "*.model", "*.txt", *weights]
+        return Path(
+            snapshot_download(
+                name,
+                allow_patterns=patterns + ["*.py"] * trust_remote_code,
+                ignore_patterns=["*/*"],
+                tqdm_class=_progress_bar(report),
+            )
+        )
+    except GatedRepoError as error:
+        raise DownloadError(
+            f"{name} is given out only to people who accepted its licence.",
+            hint=f"Accept it at https://huggingface.co/{name} and run `hf auth login`.",
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelNotFoundError(
+            f"There is no folder {name}, and no public model of that name on the hub.",
+            hint="Check the spelling; for a private model run `hf auth login`.",
+        ) from error
+    except LocalEntryNotFoundError as error:
+        if is_offline_mode():
+            raise DownloadError(
+                f"{name} is not on this machine, and HF_HUB_OFFLINE forbids to download it.",
+                hint="Unset HF_HUB_OFFLINE, or name a local folder.",
+            ) from error
+        raise DownloadError(
+            f"{name} is not on this machine, and the model hub cannot be reached.",
+            hint="Download it where there is a network, and name the folder here.",
+        ) from error
+    except (HfHubHTTPError, httpx2.TransportError, OSError) as error:
+        raise DownloadError(
+            f"Downloading {name} failed: {_brief(error)}",
+            hint="Try again; what was already fetched is kept.",
+        ) from error
+
+
+def _progress_bar(report: Report) -> Any:
+    """A tqdm class for huggingface_hub that shows nothing and reports bytes written."""
+    from tqdm.auto import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._reports = str(kwargs.get("desc", "")).startswith("Reconstructing")
+            kwargs.pop("name", None)
+            super().__init__(*args, **{**kwargs, "disable": True})
+            self._done = 0
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self._done += int(n or 0)
+            if self._reports:
+                report("Downloading", self._done, int(self.total or 0))
+            return None
+
+    return Bar
+
+
+def _converted_gguf(path: Path, cache_dir: Path | None, report: Report) -> Path:
+    """The standard folder of a GGUF text model, made on first use.
+
+    transformers reads such files slowly and keeps the weights packed, so that every step would
+    unpack them again.
+    """
+    from transformers.utils.quantization_config import GgufConfig
+
+    if cache_dir is None:
+        from w2c_tui.core.config import paths
+
+        cache_dir = paths().models
+    found = path.stat()
+    name = f"{path.resolve()}|{found.st_size}|{found.st_mtime_ns}|{CARD_VERSION}"
+    key = hashlib.sha256(name.encode()).hexdigest()[:16]
+    out = cache_dir / "gguf" / f"{path.stem}-{key}"
+    if (out / "config.json").is_file():
+        return out
+    report("Converting", 0, 0)
+    with _quiet():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                gguf_file=path.name,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        except Exception as error:
+            # The readers of untrusted binary data fail in every possible way.
+            raise CheckpointError(
+                f"{path} cannot be read as a text model: {_brief(error)}",
+                hint="The file is damaged, or its architecture is unknown to transformers; the "
+                "gguf backend may run it.",
+            ) from error
+        report("Converting", 1, 2)
+        # Matrices were 16 bit or less in the file; the few vectors are kept exactly.
+        state = {
+            key: value.half() if value.ndim > 1 and value.abs().max() < 65504 else value
+            for key, value in model.state_dict().items()
+        }
+        with _new_folder(out, or_existing=True) as scratch:
+            model.save_pretrained(scratch, state_dict=state)
+            tokenizer.save_pretrained(scratch)
+            write_card(scratch, CheckpointCard(family=model.config.model_type, template="chat"))
+    report("Converting", 2, 2)
+    return out
+
+
+@contextlib.contextmanager
+def _new_folder(out: Path, *, or_existing: bool = False) -> Iterator[Path]:
+    """A scratch folder that becomes `out` in one step, or leaves no trace.
+
+    `or_existing`: another process may have made the same folder meanwhile; then that one counts.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        for file in scratch.iterdir():
+            file.chmod(0o644)
+        try:
+            scratch.rename(out)
+        except OSError:
+            if not (or_existing and out.is_dir()):
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+# --- Loading --------------------------------------------------------------------------------------
+
+
+def load_model(
+    source: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device_map: str | dict[str, Any] | None = None,
+    max_memory: dict[int | str, int | str] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    quantization: Quantization = "none",
+    attn: str | None = None,
+    trust_remote_code: bool = False,
+    report: Report = _silent,
+    cache_dir: Path | None = None,
+) -> LoadedModel:
+    """Load whatever `source` is (see `open_checkpoint`) for inference.
+
+    `device_map`: a device, a map by module, or one of transformers' words ("auto", "balanced", ...)
+    within `max_memory`; blocks, vision tower and projector are kept whole, the latter two on the
+    first device. `offload_folder`: for what fits nowhere. `quantization` acts on the language
+    model's blocks; tower, projector and head stay in `dtype`. `attn`: "sdpa", "eager",
+    "flash_attention_2" or None for the model's default. `report(phase, done, total)`: phases are
+    "Downloading", "Converting" and "Loading weights", counted in bytes.
+
+    Raises a W2CError, and then holds nothing.
+    """
+    checkpoint = open_checkpoint(
+        source, trust_remote_code=trust_remote_code, report=report, cache_dir=cache_dir
+    )
+    return load_checkpoint(
+        checkpoint,
+        dtype=dtype,
+        device_map=device_map,
+        max_memory=max_memory,
+        offload_folder=offload_folder,
+        quantization=quantization,
+        attn=attn,
+        report=report,
+    )
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device_map: str | dict[str, Any] | None = None,
+    max_memory: dict[int | str, int | str] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    quantization: Quantization = "none",
+    attn: str | None = None,
+    report: Report = _silent,
+) -> LoadedModel:
+    """The second half of `load_model`: read the weights."""
+    if quantization == "4bit":
+        checkpoint = _padded_for_4bit(checkpoint)
+    config = checkpoint.config
+    arguments: dict[str, Any] = {"dtype": dtype}
+    if attn is not None:
+        arguments["attn_implementation"] = attn
+    if quantization != "none":
+        if getattr(config, "quantization_config", None) is not None:
+            raise CheckpointError(
+                f"{checkpoint.label} is quantised already.",
+                hint="Leave out --load-4bit and --load-8bit.",
+            )
+        arguments["quantization_config"] = _quantization_config(checkpoint, quantization)
+    if device_map is not None:
+        arguments["device_map"] = device_map
+        if isinstance(device_map, str) and device_map in _PLANNED:
+            plan = device_plan(
+                checkpoint,
+                dtype=dtype,
+                device_map=device_map,
+                max_memory=max_memory,
+                quantization=quantization,
+            )
+            _check_plan(checkpoint, plan, quantization, offload_folder)
+            arguments["device_map"] = plan
+        arguments["offload_folder"] = offload_folder
+    with _quiet(), _damage_in(checkpoint.folder):
+        model, info = _from_pretrained(checkpoint, arguments, report)
+    problems = [
+        f"{kind.replace('_', ' ')}: {_listed(sorted(map(str, info[kind])))}"
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+        if info.get(kind)
+    ]
+    if problems:
+        raise CheckpointError(
+            f"The weights of {checkpoint.label} do not fit its config.json. " + "; ".join(problems),
+            hint="The files belong to different models, or the download is incomplete.",
+        )
+    if quantization == "4bit":
+        _avoid_the_packed_kernel(model)
+    if checkpoint.tensors is not None and (checkpoint.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    text_config = config.get_text_config()
+    length = getattr(text_config, "max_position_embeddings", None)
+    image = checkpoint.card.image
+    return LoadedModel(
+        model=model.eval(),
+        tokenizer=checkpoint.tokenizer,
+        processor=checkpoint.processor,
+        template=checkpoint.card.template,
+        image_spec=image,
+        family=checkpoint.card.family,
+        context_length=length or 2048,
+        source_label=checkpoint.label,
+        image_seq_length=0
+        if image is None
+        else llava.num_image_tokens(
+            config.vision_config, image.size, config.vision_feature_select_strategy
+        ),
+    )
+
+
+def _check_plan(
+    checkpoint: Checkpoint, plan: dict[str, Any], quantization: Quantization, offload_folder: Any
+) -> None:
+    devices = set(plan.values())
+    if "disk" in devices and offload_folder is None:
+        raise OutOfMemoryError(
+            f"{checkpoint.label} does not fit the memory it may use; "
+            f"{sum(device == 'disk' for device in plan.values())} modules would go to disk.",
+            hint="Name an --offload-folder, raise --max-memory, or use --load-4bit.",
+        )
+    # bitsandbytes runs its modules where they were quantised.
+    if quantization != "none" and len(devices) > 1 and devices & {"cpu", "disk"}:
+        raise OutOfMemoryError(
+            f"{checkpoint.label} in {quantization} does not fit the GPU memory it may use.",
+            hint="Raise --max-memory, or use a smaller model.",
+        )
+
+
+_PLANNED = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def _from_pretrained(
+    checkpoint: Checkpoint, arguments: dict[str, Any], report: Report
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    try:
+        if checkpoint.tensors is None:
+            report("Loading weights", 0, 0)
+            return checkpoint.model_class.from_pretrained(
+                checkpoint.folder,
+                trust_remote_code=checkpoint.trust_remote_code,
+                output_loading_info=True,
+                **arguments,
+            )
+        return checkpoint.model_class.from_pretrained(
+            None,
+            config=checkpoint.config,
+            state_dict=_reporting(checkpoint.tensors, report),
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **arguments,
+        )
+    except ImportError as error:
+        raise MissingPackageError(
+            f"{checkpoint.label} cannot be loaded like this: {_brief(error)}",
+            hint="Install the package that is named, or choose another --attn or quantisation.",
+        ) from error
+
+
+def _reporting(tensors: Mapping[str, StoredTensor], report: Report) -> dict[str, StoredTensor]:
+    total = sum(tensor.num_bytes for tensor in tensors.values())
+    done = 0
+    lock = threading.Lock()
+
+    def watched(tensor: StoredTensor) -> torch.Tensor:
+        nonlocal done
+        value = tensor.read()
+        with lock:
+            done += tensor.num_bytes
+            report("Loading weights", done, total)
+        return value
+
+    return {
+        name: dataclasses.replace(tensor, read=lambda tensor=tensor: watched(tensor))
+        for name, tensor in tensors.items()
+    }
+
+
+def _quantization_config(checkpoint: Checkpoint, quantization: Quantization) -> BitsAndBytesConfig:
+    # transformers wants full paths here; last parts of names silently match nothing.
+    skip = _outside_the_blocks(_empty_model(checkpoint.model_class, checkpoint.config))
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=skip,
+    )
+
+
+_BLOCK_4BIT = 64
+
+
+def _padded_for_4bit(checkpoint: Checkpoint) -> Checkpoint:
+    """A CrystalCoder whose MLPs are as wide as bitsandbytes' fast CPU kernel needs.
+
+    That kernel takes widths of whole blocks only, and 10922 is none. The added units have zero
+    weights everywhere, so that they put out silu(0) * 0 = 0 and change nothing.
+    """
+    config = copy.deepcopy(checkpoint.config)
+    text_config = config.get_text_config()
+    if checkpoint.tensors is None or text_config.model_type != "crystalcoder":
+        return checkpoint
+    inner = text_config.n_inner
+    text_config.n_inner = width = -(-inner // _BLOCK_4BIT) * _BLOCK_4BIT
+    tensors = dict(checkpoint.tensors)
+    for name, tensor in tensors.items():
+        part = name.split(".")[-2]
+        if part in ("gate_proj", "up_proj") or (part == "down_proj" and len(tensor.shape) == 2):
+            axis = 1 if part == "down_proj" else 0
+            shape = tuple(width if at == axis else n for at, n in enumerate(tensor.shape))
+            padding = (0, width - inner) if axis else (*(0, 0) * (len(shape) - 1), 0, width - inner)
+            tensors[name] = tensor.changed(
+                shape, lambda weight, padding=padding: torch.nn.functional.pad(weight, padding)
+            )
+    return dataclasses.replace(checkpoint, config=config, tensors=tensors)
+
+
+def _avoid_the_packed_kernel(model: PreTrainedModel) -> None:
+    """Keep layers that bitsandbytes' fast CPU kernel cannot take on its ordinary one."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit) and (
+            module.out_features % 32 or module.in_features % _BLOCK_4BIT
+        ):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _outside_the_blocks(model: PreTrainedModel) -> list[str]:
+    """Full names of everything that is not in the language model: tower, projector, head."""
+    decoder = model.get_decoder()
+    inside = next(name for name, module in model.named_modules() if module is decoder)
+    outside = []
+    prefix = ""
+    module: torch.nn.Module = model
+    for step in inside.split("."):
+        outside += [prefix + name for name, _ in module.named_children() if name != step]
+        module = getattr(module, step)
+        prefix += f"{step}."
+    return outside
+
+
+def device_plan(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device_map: str = "auto",
+    max_memory: dict[int | str, int | str] | None = None,
+    quantization: Quantization = "none",
+) -> dict[str, Any]:
+    """Which device each module would be put on: {module: 0, 1, ..., "cpu" or "disk"}.
+
+    `max_memory` may name devices that this machine lacks. Nothing is loaded.
+    """
+    from transformers.integrations.accelerate import (
+        get_balanced_memory,
+        get_max_memory,
+        infer_auto_device_map,
+    )
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    config = checkpoint.config
+    if checkpoint.tensors is None:
+        return {"": device_map}
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model = _empty_model(checkpoint.model_class, config)
+    finally:
+        torch.set_default_dtype(before)
+    quantizer = None
+    whole = set(model._no_split_modules or ())
+    for name in ("vision_tower", "multi_modal_projector"):
+        if (part := getattr(model.base_model, name, None)) is not None:
+            whole.add(type(part).__name__)
+    with _quiet():
+        if quantization != "none":
+            quantizer = AutoHfQuantizer.from_config(_quantization_config(checkpoint, quantization))
+            quantizer.preprocess_model(
+                model=model, dtype=dtype, device_map=None, checkpoint_files=None, use_kernels=False
+            )
+        model.tie_weights()
+        memory = dict(max_memory) if max_memory else None
+        if device_map == "sequential":
+            memory = get_max_memory(memory)
+        else:
+            memory = get_balanced_memory(
+                model,
+                max_memory=memory,
+                no_split_module_classes=whole,
+                hf_quantizer=quantizer,
+                low_zero=device_map == "balanced_low_0",
+            )
+        if quantizer is not None:
+            memory = quantizer.adjust_max_memory(memory)
+        return dict(
+            infer_auto_device_map(
+                model,
+                max_memory=memory,
+                no_split_module_classes=list(whole),
+                hf_quantizer=quantizer,
+            )
+        )
+
+
+# --- Writing --------------------------------------------------------------------------------------
+
+
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    report: Report = _silent,
+    *,
+    cache_dir: Path | None = None,
+    max_shard_bytes: int = 2 * 1000**3,
+) -> Path:
+    """Write `source` as a standard folder: Hugging Face layout, safetensors, w2c.json.
+
+    Weights keep the type they are stored in. One file of weights is in memory at a time. `out`
+    must not exist, and appears complete or not at all. Raises CheckpointError.
+    """
+    from safetensors.torch import save_file
+
+    out = Path(out).expanduser()
+    if out.exists():
+        raise CheckpointError(f"{out} exists already.", hint="Name a folder that does not exist.")
+    checkpoint = open_checkpoint(source, report=report, cache_dir=cache_dir)
+    if checkpoint.tensors is None:
+        raise CheckpointError(
+            f"{checkpoint.label} is quantised already and cannot be converted.",
+            hint="Convert the original weights.",
+        )
+    shards: list[list[str]] = [[]]
+    room = max_shard_bytes
+    for name, tensor in checkpoint.tensors.items():
+        if shards[-1] and tensor.num_bytes > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(name)
+        room -= tensor.num_bytes
+    total, done = checkpoint.num_bytes, 0
+    weight_map: dict[str, str] = {}
+    with _new_folder(out) as scratch, _damage_in(checkpoint.folder):
+        for at, names in enumerate(shards):
+            file = "model.safetensors"
+            if len(shards) > 1:
+                file = f"model-{at + 1:05}-of-{len(shards):05}.safetensors"
+            part = {}
+            for name in names:
+                part[name] = checkpoint.tensors[name][...]
+                done += checkpoint.tensors[name].num_bytes
+                report("Converting", done, total)
+            save_file(part, scratch / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(names, file)
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            path = scratch / "model.safetensors.index.json"
+            path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        _write_beside(checkpoint, scratch)
+    return out
+
+
+def _write_beside(checkpoint: Checkpoint, folder: Path) -> None:
+    """Everything of a standard folder except the weights."""
+    from w2c_tui.core.prompt import TEMPLATES, as_jinja
+
+    config = checkpoint.config
+    config.architectures = [checkpoint.model_class.__name__]
+    config.dtype = next(iter((checkpoint.tensors or {}).values())).dtype
+    config.save_pretrained(folder)
+    card, tokenizer = checkpoint.card, checkpoint.tokenizer
+    if not tokenizer.chat_template and card.template in TEMPLATES:
+        tokenizer.chat_template = as_jinja(TEMPLATES[card.template])
+    processor = checkpoint.processor
+    if processor is None and card.image is not None:
+        processor = llava.processor_for(config, tokenizer, card.image)
+    (processor or tokenizer).save_pretrained(folder)
+    for name in ("generation_config.json",):
+        if (checkpoint.folder / name).is_file():
+            shutil.copyfile(checkpoint.folder / name, folder / name)
+    write_card(folder, card)
+
+
+# --- Small things ---------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' bars and reports off the terminal; what matters comes as an error."""
+    log = transformers.utils.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    others = [logging.getLogger(name) for name in ("bitsandbytes", "accelerate")]
+    levels = [other.level for other in others]
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    for other in others:
+        other.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        for other, level in zip(others, levels, strict=True):
+            other.setLevel(level)
+        if bars:
+            log.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _damage_in(folder: Path) -> Iterator[None]:
+    """The seam where reading a folder fails: ours pass, the libraries' become CheckpointError."""
+    try:
+        yield
+    except (W2CError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except (
+        *(OSError, ValueError, KeyError, TypeError, AttributeError, IndexError),
+        StrictDataclassError,
+    ) as error:
+        raise CheckpointError(
+            f"{folder} cannot be loaded: {type(error).__name__}: {_brief(error)}",
+            hint="Check config.json and the files beside it, or download the folder again.",
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}.", hint="Download the file again."
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object.", hint="Download the file again.")
+    return content
+
+
+def _no_weights(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} holds no weights (model.safetensors or pytorch_model.bin, whole or in shards).",
+        hint="Download the weights into the folder.",
+    )
+
+
+def _listed(names: list[str], limit: int = 20) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _brief(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:299]}…"
