@@ -13,6 +13,7 @@ import msgspec
 
 from w2c_tui.core.config import GenerationParams, LoadSpec, Quantization
 from w2c_tui.core.conversation import Message
+from w2c_tui.core.image import ImageSpec
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -32,6 +33,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     devices: tuple[str, ...]
     incremental: bool
     load_time_s: float
+    image_spec: ImageSpec | None = None
+    """How it prepares pictures, where that is one square; None if unknown or text only."""
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True):

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
-import numpy as np
 import psutil
 import torch
 from transformers import (
@@ -31,6 +30,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from w2c_tui.backends import cpu
 from w2c_tui.backends.base import (
     Event,
     Finished,
@@ -117,6 +117,7 @@ class HFBackend:
             )
             model = loaded.model
             self._model = model
+            num_parameters = model.num_parameters()
             self._text_config = model.config.get_text_config()
             self._reads_images = loaded.image_spec is not None or loaded.processor is not None
             image_token = _image_token(loaded) if self._reads_images else None
@@ -129,10 +130,12 @@ class HFBackend:
             self._incremental = _is_incremental(model, self._reads_images)
             self._images: OrderedDict[str, _EncodedImage] = OrderedDict()
             self._reset_context()
+            devices = {str(d) for d in getattr(model, "hf_device_map", {"": model.device}).values()}
+            if devices == {"cpu"}:
+                cpu.prepare(model, report)
             for layer in _layers(model):
                 layer.register_forward_pre_hook(self._check_cancelled)
         self._loaded = loaded
-        devices = {str(d) for d in getattr(model, "hf_device_map", {"": model.device}).values()}
         return ModelInfo(
             name=loaded.source_label,
             backend="hf",
@@ -140,12 +143,13 @@ class HFBackend:
             template=self._template.name,
             reads_images=self._reads_images,
             context_length=self._context_length,
-            num_parameters=model.num_parameters(),
+            num_parameters=num_parameters,
             dtype=str(dtype).removeprefix("torch."),
             quantization=spec.quantization,
             devices=tuple(sorted(devices)),
             incremental=self._incremental,
             load_time_s=time.perf_counter() - started,
+            image_spec=loaded.image_spec,
         )
 
     def close(self) -> None:
@@ -626,26 +630,7 @@ def choose_dtype(name: str) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
     if torch.backends.mps.is_available():
         return torch.float16
-    return torch.bfloat16 if _bf16_is_faster() else torch.float32
-
-
-def _bf16_is_faster() -> bool:
-    """One decode-like and one prefill-like product, timed in both types (about 0.1 s)."""
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return False
-    spent = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        weight = torch.ones(4096, 1024, dtype=dtype)
-        inputs = [torch.ones(rows, 1024, dtype=dtype) for rows in (1, 64)]
-        best = [float("inf")] * len(inputs)
-        for _ in range(6):
-            for at, value in enumerate(inputs):
-                began = time.perf_counter()
-                torch.nn.functional.linear(value, weight)
-                best[at] = min(best[at], time.perf_counter() - began)
-        spent[dtype] = best
-    ratios = np.divide(spent[torch.bfloat16], spent[torch.float32])
-    return bool(np.sqrt(np.prod(ratios)) < 1)
+    return torch.bfloat16 if cpu.bf16_is_faster() else torch.float32
 
 
 def peak_memory() -> int:

@@ -15,6 +15,7 @@ import click
 
 from w2c_tui import __version__
 from w2c_tui.core.errors import W2CError
+from w2c_tui.core.printable import printable as printable
 
 COMMANDS = {
     "generate": "Turn screenshots into pages.",
@@ -101,11 +102,3 @@ def show_error(error: W2CError, prefix: str = "Error") -> None:
     click.echo(printable(error.message), err=True)
     if error.hint:
         click.echo(f"  {printable(error.hint)}", err=True)
-
-
-def printable(text: str) -> str:
-    """`text` with control characters made visible, so that nothing steers the terminal."""
-    return "".join(
-        char if char in "\n\t" or not (ord(char) < 32 or 127 <= ord(char) < 160) else "\ufffd"
-        for char in text
-    )

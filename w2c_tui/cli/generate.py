@@ -18,9 +18,7 @@ from w2c_tui.backends.base import Finished, ModelInfo, Prefill, Stats, Text, Tri
 from w2c_tui.cli.options import generation_options, model_options, settings_from
 from w2c_tui.core.config import Settings
 from w2c_tui.core.errors import ImageError, W2CError
-
-PROMPT = "Please generate html code for the given image"
-"""The instruction of the Web2Code benchmark (arXiv 2406.20098), which its models know."""
+from w2c_tui.core.prompt import PAGE_PROMPT
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 
@@ -46,7 +44,7 @@ class Outcome(msgspec.Struct, omit_defaults=True):
 )
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @click.option(
-    "-p", "--prompt", default=PROMPT, show_default=True, help="What to ask of each image."
+    "-p", "--prompt", default=PAGE_PROMPT, show_default=True, help="What to ask of each image."
 )
 @click.option(
     "-o",

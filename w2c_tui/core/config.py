@@ -101,12 +101,34 @@ class GenerationParams(
     ] = 0
 
 
+class InterfaceSettings(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """`[interface]`: how the full-screen application looks and which keys it has."""
+
+    theme: Annotated[
+        str, Meta(description="Name of a theme; empty is the one that was chosen last.")
+    ] = ""
+    pictures: Annotated[
+        Literal["auto", "kitty", "sixel", "half-cells", "none"],
+        Meta(description="How pictures are drawn; auto asks the environment."),
+    ] = "auto"
+    ascii: Annotated[
+        bool | None, Meta(description="Draw with plain ASCII; by default where UTF-8 is missing.")
+    ] = None
+    keys: Annotated[
+        dict[str, str],
+        Meta(description="Other keys for commands, as in: keys = {send = \"ctrl+s\"}."),
+    ] = {}
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All settings."""
 
     model: LoadSpec = LoadSpec()
     generation: GenerationParams = GenerationParams()
     images: ImageLimits = ImageLimits()
+    interface: InterfaceSettings = InterfaceSettings()
     ocr: Annotated[
         Literal["auto", "on", "off"],
         Meta(
@@ -166,6 +188,7 @@ SECTIONS: dict[str, type[msgspec.Struct]] = {
     "model": LoadSpec,
     "generation": GenerationParams,
     "images": ImageLimits,
+    "interface": InterfaceSettings,
 }
 _FOLDER_VARIABLES = {"W2C_CONFIG_DIR", "W2C_DATA_DIR", "W2C_CACHE_DIR"}
 T = TypeVar("T", bound=msgspec.Struct)

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 SegmentKind = Literal["text", "start", "eos", "token", "image"]
 
 
+PAGE_PROMPT = "Please generate html code for the given image"
+"""The instruction of the Web2Code benchmark (arXiv 2406.20098), which its models know."""
+
+
 class Segment(msgspec.Struct, frozen=True):
     """One piece of a prompt.
 

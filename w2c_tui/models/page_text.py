@@ -107,7 +107,11 @@ def _scale(size: tuple[int, int]) -> float:
     """Pixels read per pixel of the page."""
     width, height = size
     tallest = BAND_PX + (MAX_BANDS - 1) * (BAND_PX - OVERLAP_PX)
-    return min(2.0 if min(size) < MIN_SIDE_PX else 1.0, MAX_WIDTH_PX / width, tallest / height)
+    return min(
+        2.0 if min(size) < MIN_SIDE_PX else 1.0,
+        MAX_WIDTH_PX / max(width, 1),
+        tallest / max(height, 1),
+    )
 
 
 def _bands(image: Image.Image, scale: float) -> Iterator[tuple[Any, int, float, float]]:
