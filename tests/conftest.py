@@ -24,6 +24,13 @@ def tiny_llava(tmp_path_factory):
     return save_llava(tmp_path_factory.mktemp("models") / "tiny-llava")
 
 
+@pytest.fixture(scope="session")
+def page_writer(tmp_path_factory):
+    from tests.tiny import save_page_writer
+
+    return save_page_writer(tmp_path_factory.mktemp("models") / "page-writer")
+
+
 @pytest.fixture
 def own_folders(tmp_path, monkeypatch):
     """Configuration, data and cache in the test's own folder, and no settings from outside."""

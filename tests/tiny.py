@@ -235,3 +235,47 @@ def hostile_texts() -> list[str]:
     ]
     mixed = ["".join(rng.choices(marks + words, k=rng.randint(1, 12))) for _ in range(60)]
     return [text for text in [*fixed, *mixed] if text.strip()]
+
+
+PAGE = "<!DOCTYPE html><html><body><h1>Prices</h1><p>Now <s>old</s> 19.99</p></body></html>"
+
+
+def save_page_writer(folder: Path) -> Path:
+    """The tiny LLaVA, trained until it answers `PAGE_PROMPT` about any image with `PAGE`."""
+    from transformers import AutoTokenizer
+
+    from w2c_tui.core.conversation import Attachment, Message
+    from w2c_tui.core.prompt import PAGE_PROMPT, render
+    from w2c_tui.models.tokenize import ImageSlot, PromptTokenizer
+
+    save_llava(folder)
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = PromptTokenizer(AutoTokenizer.from_pretrained(folder), "<image>")
+    template = tokenizer.chat_template(CHAT_TEMPLATE, "<image>")
+    image = Attachment(b"x", "0" * 64, 1, 1)
+    messages = [Message("user", PAGE_PROMPT, (image,)), Message("assistant", PAGE)]
+    ids: list[int] = []
+    labels: list[int] = []
+    for piece in tokenizer.encode(render(messages, template, for_answer=False)):
+        if isinstance(piece, ImageSlot):
+            ids += [model.config.image_token_id] * 16
+            labels += [-100] * 16
+        else:
+            ids += piece.ids
+            labels += [i if on else -100 for i, on in zip(piece.ids, piece.supervised, strict=True)]
+    inputs = torch.tensor([ids]).expand(4, -1)
+    targets = torch.tensor([labels]).expand(4, -1)
+    optimizer = torch.optim.AdamW(model.model.language_model.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(800):
+        plain = torch.randn(4, 3, 1, 1, generator=generator) * 1.5
+        pixels = plain + torch.randn(4, 3, 56, 56, generator=generator) * 0.3
+        loss = model(input_ids=inputs, pixel_values=pixels, labels=targets).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if loss < 0.001:
+            break
+    assert loss < 0.05, f"the tiny page writer did not learn its page: loss {loss:.3f}"
+    model.save_pretrained(folder)
+    return folder

@@ -107,7 +107,7 @@ def bench_decode(options: argparse.Namespace) -> None:
         print(f"{info.name}: {info.num_parameters / 1e6:.0f}M, {info.dtype}")
         backend._eos_ids = set()
         dtype = getattr(torch, info.dtype)
-        folder = name if Path(name).is_dir() else info.name
+        folder = backend._model.name_or_path or name
         plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         plain.generation_config.eos_token_id = None
         messages = [user("Write a web page about the sea. " * options.prompt)]

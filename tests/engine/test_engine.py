@@ -151,10 +151,12 @@ def test_a_killed_engine_is_an_error_that_names_the_cause_and_can_be_replaced(
 ):
     engine.load(spec(slow_llama))
     params = GenerationParams(temperature=1.0, max_new_tokens=5000)
+    stream = engine.stream([user("Write")], params)
+    while not isinstance(next(stream), Text):
+        pass
+    os.kill(engine.pid, number)
     with pytest.raises(EngineCrashedError, match=cause) as caught:
-        for event in engine.stream([user("Write")], params):
-            if isinstance(event, Text):
-                os.kill(engine.pid, number)
+        list(stream)
     assert str(engine.log_path) in caught.value.hint
     assert engine.model is None
     engine.load(spec(tiny_llama))

@@ -167,6 +167,35 @@ def test_a_cast_on_loading_equals_a_cast_after_it(tmp_path):
     assert_holds(model, {k: t.bfloat16() for k, t in tiny.llava_state_dict(tensors).items()})
 
 
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_tokenizer_with_a_class_of_its_own_is_read_without_its_code(tmp_path, fast, bos):
+    write_crystal(tmp_path)
+    if fast:
+        # What is stored adds a BOS; the published class puts its own flags in place of that.
+        tiny.write_tokenizer(tmp_path, bos=not bos)
+        AutoTokenizer.from_pretrained(tmp_path, config=LlamaConfig()).save_pretrained(tmp_path)
+        (tmp_path / "tokenizer.model").unlink()
+    tiny.write_json(
+        tmp_path / "tokenizer_config.json",
+        {
+            "tokenizer_class": "CrystalCoderTokenizerFast",
+            "auto_map": {"AutoTokenizer": [None, "evil.CrystalCoderTokenizerFast"]},
+            "add_bos_token": bos,
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+        },
+    )
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
+    tiny.write_tokenizer(tmp_path / "expected", bos=bos)
+    expected = AutoTokenizer.from_pretrained(tmp_path / "expected", config=LlamaConfig())
+    tokenizer = open_checkpoint(tmp_path).tokenizer
+    for text in ("USER: <html> é</s>", " a  b", "<s>x"):
+        assert tokenizer(text).input_ids == expected(text).input_ids
+    assert (tokenizer.eos_token_id, tokenizer.bos_token_id) == (2, 1)
+
+
 # --- Other layouts --------------------------------------------------------------------------------
 
 

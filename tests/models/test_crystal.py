@@ -164,9 +164,10 @@ def test_decoding_step_by_step_equals_the_reference(published, input_ids):
     assert_close(torch.cat(rows), expected(config, published, input_ids[0]))
 
 
-def test_a_left_padded_batch_equals_each_sequence_alone(published, input_ids):
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+def test_a_left_padded_batch_equals_each_sequence_alone(published, input_ids, attn):
     config = tiny.crystal_config()
-    model = tiny.crystal_model(config, published)
+    model = tiny.crystal_model(config, published, attn_implementation=attn)
     lengths = [96, 71, 1]
     batch = torch.zeros(len(lengths), 96, dtype=torch.long)
     mask = torch.zeros_like(batch)
@@ -183,16 +184,19 @@ def test_a_left_padded_batch_equals_each_sequence_alone(published, input_ids):
             position_ids=position_ids[:, :90],
             past_key_values=cache,
         )
-        stepped = model(
-            batch[:, 90:],
-            attention_mask=mask,
-            position_ids=position_ids[:, 90:],
-            past_key_values=cache,
-        ).logits
+        stepped = [
+            model(
+                batch[:, at : at + 1],
+                attention_mask=mask[:, : at + 1],
+                position_ids=position_ids[:, at : at + 1],
+                past_key_values=cache,
+            ).logits
+            for at in range(90, 96)
+        ]
     for row, length in enumerate(lengths):
         reference = expected(config, published, input_ids[0, :length])
         assert_close(logits[row, 96 - length :], reference)
-        assert_close(stepped[row, -min(6, length) :], reference[-6:])
+        assert_close(torch.cat(stepped, 1)[row, -min(6, length) :], reference[-6:])
 
 
 def test_positions_are_taken_from_position_ids(published, input_ids):
@@ -279,6 +283,7 @@ def test_the_published_field_names_are_read():
     assert (config.hidden_size, config.num_hidden_layers) == (4096, 32)
     assert (config.intermediate_size, config.max_position_embeddings) == (10922, 2048)
     assert not config.tie_word_embeddings
+    assert crystal.CrystalCoderConfig(rotary_dim=None).rotary_dim == 128
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -43,6 +44,7 @@ from w2c_tui.backends.base import (
     Trimmed,
 )
 from w2c_tui.backends.turn import AnswerText, fit_context
+from w2c_tui.core.catalog import find
 from w2c_tui.core.config import GenerationParams, LoadSpec, checked, paths
 from w2c_tui.core.conversation import Attachment, Message
 from w2c_tui.core.errors import (
@@ -116,7 +118,7 @@ class HFBackend:
                 cache_dir=paths().models,
             )
             model = loaded.model
-            self._model = model
+            self._model: Any = model
             num_parameters = model.num_parameters()
             self._text_config = model.config.get_text_config()
             self._reads_images = loaded.image_spec is not None or loaded.processor is not None
@@ -137,7 +139,7 @@ class HFBackend:
                 layer.register_forward_pre_hook(self._check_cancelled)
         self._loaded = loaded
         return ModelInfo(
-            name=loaded.source_label,
+            name=_display_name(spec.name),
             backend="hf",
             family=loaded.family,
             template=self._template.name,
@@ -273,17 +275,19 @@ class HFBackend:
             self._cache = DynamicCache(config=self._text_config)
 
     def _crop(self, length: int) -> None:
-        for layer in self._cache.layers:
-            assert isinstance(layer, _GrowingLayer)
+        for layer in self._growing_layers():
             layer.crop_to(length)
         del self._units[length:]
+
+    def _growing_layers(self) -> list[_GrowingLayer]:
+        return [layer for layer in self._cache.layers if isinstance(layer, _GrowingLayer)]
 
     def _settle(self) -> None:
         """Bring cache and units to one length after a forward pass was left half-way."""
         if not self._incremental:
             self._reset_context()
             return
-        lengths = [layer.get_seq_length() for layer in self._cache.layers]
+        lengths = [layer.get_seq_length() for layer in self._growing_layers()]
         self._crop(min(*lengths, len(self._units)))
 
     def _check_cancelled(self, *_: Any) -> None:
@@ -544,8 +548,9 @@ class _Picker:
 
     def __call__(self, logits: torch.Tensor) -> int:
         if self._processors:
-            ids = torch.tensor([self.ids] if self._needs_ids else [[]], device=logits.device)
-            logits = self._processors(ids.long(), logits[None].float())[0]
+            ids: Any = torch.tensor([self.ids] if self._needs_ids else [[]], device=logits.device)
+            scores: Any = logits[None].float()
+            logits = self._processors(ids.long(), scores)[0]
         if self._greedy:
             token = int(logits.argmax())
         else:
@@ -669,14 +674,25 @@ def _is_incremental(model: Any, reads_images: bool) -> bool:
     return not reads_images or model.config.model_type in _SPLICED
 
 
+def _display_name(name: str) -> str:
+    entry = find(name)
+    if entry is not None:
+        return entry.title
+    return Path(name).expanduser().resolve().name if Path(name).expanduser().exists() else name
+
+
 def _image_token(loaded: LoadedModel) -> str:
     """The string that marks an image in this model's chat template."""
     source = getattr(loaded.processor, "chat_template", None) or loaded.tokenizer.chat_template
-    names = [getattr(loaded.processor, name, None) for name in ("boi_token", "image_token")]
-    names.append(getattr(loaded.tokenizer, "image_token", None))
-    names += ["<image>"]
-    found = [name for name in names if name]
-    return next((name for name in found if name in str(source)), found[-1 if not source else 0])
+    candidates = [
+        # Gemma's templates write the token that begins an image, others the image's own.
+        getattr(loaded.processor, "boi_token", None),
+        getattr(loaded.processor, "image_token", None),
+        getattr(loaded.tokenizer, "image_token", None),
+        "<image>",
+    ]
+    found: list[str] = [token for token in candidates if token]
+    return next((token for token in found if token in str(source)), found[-1])
 
 
 def _eos_ids(model: Any, tokenizer: PromptTokenizer) -> set[int]:
@@ -685,7 +701,7 @@ def _eos_ids(model: Any, tokenizer: PromptTokenizer) -> set[int]:
     return {tokenizer.eos_id, *(i for i in ids if i is not None)}
 
 
-def _memory_limits(limits: dict[str, str] | None) -> dict[int | str, str] | None:
+def _memory_limits(limits: dict[str, str] | None) -> dict[int | str, int | str] | None:
     if limits is None:
         return None
     return {int(key) if key.isdigit() else key: value for key, value in limits.items()}

@@ -177,8 +177,8 @@ class _Chat:
         click.echo(f"[{image.name}, {image.width}x{image.height}]", err=True)
 
     def _save(self, path: Path) -> None:
-        from w2c_tui.cli.generate import write_atomically
         from w2c_tui.core.artifact import best_page
+        from w2c_tui.core.files import write_atomically
 
         answers = [m.text for m in self.messages if m.role == "assistant"]
         page = best_page(answers[-1]) if answers else None

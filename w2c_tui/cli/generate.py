@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,10 @@ import msgspec
 
 from w2c_tui.backends.base import Finished, ModelInfo, Prefill, Stats, Text, Trimmed
 from w2c_tui.cli.options import generation_options, model_options, settings_from
+from w2c_tui.core.catalog import find
 from w2c_tui.core.config import Settings
 from w2c_tui.core.errors import ImageError, W2CError
+from w2c_tui.core.files import write_atomically
 from w2c_tui.core.prompt import PAGE_PROMPT
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
@@ -91,6 +92,9 @@ class _Run:
         self.prompt = prompt
         self.as_json = as_json
         self.failed = 0
+        entry = find(settings.model.name)
+        # What a user asks for in their own words is asked in their own words.
+        self.begins_pages = entry is not None and not entry.knows_pages and prompt == PAGE_PROMPT
 
     def all(self, jobs: Sequence[tuple[str, Path | None]]) -> None:
         from w2c_tui.cli.running import console, interrupt_cancels, load_model
@@ -123,6 +127,7 @@ class _Run:
         from w2c_tui.cli.running import Rate, attach, console, status, write_result
         from w2c_tui.core.artifact import best_page
         from w2c_tui.core.conversation import Message
+        from w2c_tui.core.page_text import begun_page
 
         attachment = attach(image, self.settings, engine, info)
         system = self.settings.system
@@ -130,7 +135,18 @@ class _Run:
             *([Message("system", system)] if system else []),
             Message("user", self.prompt, (attachment,)),
         ]
+        if self.begins_pages and attachment.page_text:
+            messages = begun_page(attachment)
+        params = self.settings.generation
         raw: list[str] = []
+        if messages[-1].role == "assistant":
+            raw.append(messages[-1].text)
+            # Without an end of its own such a model goes round in circles.
+            length = 100 + sum(len(line.text) for line in attachment.page_text or ())
+            params = msgspec.structs.replace(
+                params, max_new_tokens=min(params.max_new_tokens, length)
+            )
+        ended = False
         rate = Rate()
         finished: Finished | None = None
         title = f"{counter}{attachment.name}"
@@ -140,9 +156,13 @@ class _Run:
                 line = stack.enter_context(console.status(f"{title}: reading"))
             else:
                 stack.enter_context(status(title))
-            for event in engine.stream(messages, self.settings.generation):
+            for event in engine.stream(messages, params):
                 if isinstance(event, Text):
                     raw.append(event.delta)
+                    if not ended and "</html>" in "".join(raw[-8:]).lower():
+                        # Whatever else the model wants to say, it is not the page.
+                        ended = True
+                        engine.cancel()
                     rate.add()
                     if line is not None and rate.count % 8 == 0:
                         line.update(f"{title}: {rate.count} tokens, {rate.per_s:.0f} tokens/s")
@@ -158,9 +178,9 @@ class _Run:
         outcome = Outcome(
             image,
             "failed",
-            finish_reason=finished.reason,
+            finish_reason="stop" if ended else finished.reason,
             stats=finished.stats,
-            complete=finished.reason == "stop",
+            complete=ended or finished.reason == "stop",
         )
         if page is None:
             start = " ".join(text.split())[:80]
@@ -168,7 +188,7 @@ class _Run:
             outcome.hint = "Try another prompt, a lower temperature or another model."
             return outcome
         outcome.status = "done"
-        if finished.reason == "length":
+        if outcome.finish_reason == "length":
             outcome.hint = (
                 f"The page was cut after {finished.stats.new_tokens} tokens; "
                 "a higher --max-new-tokens lets it end."
@@ -206,26 +226,6 @@ class _Run:
         click.echo(f"{name} -> {outcome.output or 'standard output'}{measured}", err=True)
         if outcome.hint:
             click.echo(f"  {outcome.hint}", err=True)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Put `text` at `path`, whole or not at all. Raises W2CError naming the path."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-                file.write(text)
-            os.chmod(scratch, 0o644)
-            os.replace(scratch, path)
-        except BaseException:
-            os.unlink(scratch)
-            raise
-    except OSError as error:
-        raise W2CError(
-            f"{path} cannot be written: {error.strerror or error}.",
-            hint="Choose another place with --out, or free some space.",
-        ) from error
 
 
 def _expand(images: Sequence[str]) -> list[str]:

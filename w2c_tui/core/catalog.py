@@ -48,7 +48,8 @@ class CatalogEntry(msgspec.Struct, frozen=True, kw_only=True):
     `parameters_16bit` those that stay in 16 bit when the rest is quantised: embeddings, head,
     vision tower and projector. `context` is in tokens, images included. `layers`, `kv_heads` and
     `head_dim` describe the key-value cache. `template` is a name of `core.prompt.TEMPLATES`, or
-    "chat" for the tokenizer's own.
+    "chat" for the tokenizer's own. `knows_pages`: False for a model that never learnt to write a
+    page from a screenshot and needs its answer begun for it.
     """
 
     id: str
@@ -67,6 +68,7 @@ class CatalogEntry(msgspec.Struct, frozen=True, kw_only=True):
     backends: tuple[str, ...] = ("hf",)
     aliases: tuple[str, ...] = ()
     note: str = ""
+    knows_pages: bool = True
 
     @property
     def hub_name(self) -> str | None:
@@ -124,7 +126,9 @@ ENTRIES: tuple[CatalogEntry, ...] = (
         kv_heads=3,
         head_dim=64,
         backends=("hf", "gguf"),
-        note="Text only: it is given the words that text recognition finds on the screenshot.",
+        note="Text only: it is given the words that text recognition finds on the screenshot, and "
+        "the head and first lines of the page to go on from.",
+        knows_pages=False,
     ),
     CatalogEntry(
         id="crystalchat-7b-web2code",

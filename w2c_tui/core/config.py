@@ -227,7 +227,8 @@ def _convert(values: Any, kind: type[T], source: str) -> T:
         return msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as error:
         raise ConfigError(
-            f"A setting in {source} is wrong: {error}.", hint=_suggestion(str(error))
+            f"A setting in {source} is wrong: {str(error).replace('$.', '')}.",
+            hint=_suggestion(str(error)),
         ) from error
 
 

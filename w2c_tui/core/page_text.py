@@ -7,11 +7,12 @@ about tokens or about templates.
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 
 import msgspec
 
-from w2c_tui.core.conversation import TextLine
+from w2c_tui.core.conversation import Attachment, Message, TextLine
 
 HEADER = "Text on the page (left top width size text):"
 """The first line of the block; the words in brackets name the columns below it."""
@@ -41,6 +42,41 @@ def format_page_text(lines: Sequence[TextLine], image_size: tuple[int, int]) -> 
         numbers = (left / unit, top / unit, (right - left) / unit, block.size / unit * 10)
         rows.append(" ".join([*(str(round(number)) for number in numbers), block.text]))
     return "\n".join(rows)
+
+
+def begun_page(image: Attachment) -> list[Message]:
+    """A conversation that lets a small text-only model write down the page of `image`.
+
+    For models that were not trained on pages. They cannot use positions, and begin to write only
+    when shown how: the question gives the text alone, and the answer is begun with a head and the
+    first lines, from where the model goes on. The page is then that beginning with what the model
+    wrote. Measured on SmolLM2-135M: without the beginning it repeats itself without end.
+    """
+    blocks = [block.text for block in _paragraphs(image.page_text or ())]
+    title = html.escape(blocks[0] if blocks else image.name)
+    begun = "".join(f"<p>{html.escape(text)}</p>\n" for text in blocks[:_NUM_BEGUN])
+    question = "Write the HTML of this page. Keep the text and its order."
+    return [
+        # Empty on purpose: it keeps the chat template's own system text away.
+        Message("system", ""),
+        Message("user", "\n".join([question, "", *blocks])),
+        Message("assistant", f"{_HEAD.format(title=title)}{begun}<p>"),
+    ]
+
+
+_NUM_BEGUN = 3
+_HEAD = """\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>{title}</title>
+<style>
+body {{ font-family: sans-serif; max-width: 60rem; margin: 2rem auto; }}
+</style>
+</head>
+<body>
+"""
 
 
 class _Block(msgspec.Struct):

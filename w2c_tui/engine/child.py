@@ -19,7 +19,7 @@ import time
 import traceback
 from typing import BinaryIO
 
-from w2c_tui.backends.base import Backend
+from w2c_tui.backends.base import Backend, ModelInfo
 from w2c_tui.core.errors import ConfigError, EngineError, W2CError
 from w2c_tui.engine import wire
 
@@ -93,7 +93,7 @@ class Engine:
                 self._unload()
         return wire.Done(ident)
 
-    def _load(self, request: wire.Load) -> wire.ModelInfo:
+    def _load(self, request: wire.Load) -> ModelInfo:
         self._unload()
         backend = _backend(request.spec.backend)
         last = ("", 0.0)

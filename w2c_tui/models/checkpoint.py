@@ -39,6 +39,7 @@ import msgspec
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -47,6 +48,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
+    LlamaTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedConfig,
@@ -211,6 +213,8 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]
+    borrow: Callable[[], torch.Tensor] | None = None
+    """As `read`, but into memory that the thread's next `borrow` overwrites."""
 
     @property
     def num_bytes(self) -> int:
@@ -222,7 +226,9 @@ class StoredTensor:
     def changed(
         self, shape: tuple[int, ...], change: Callable[[torch.Tensor], torch.Tensor]
     ) -> StoredTensor:
-        return dataclasses.replace(self, shape=shape, read=lambda: change(self.read()))
+        """The tensor that `change` makes; it must not return a view of what it is given."""
+        source = self.borrow or self.read
+        return dataclasses.replace(self, shape=shape, read=lambda: change(source()), borrow=None)
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -347,51 +353,81 @@ def _in_file(
     stride: tuple[int, ...],
 ) -> StoredTensor:
     """A tensor whose `extent` elements lie in `path` from byte `start` on."""
+    count = math.prod(extent)
 
-    def read() -> torch.Tensor:
-        flat = torch.empty(math.prod(extent), dtype=dtype)
-        view = memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    def fill(flat: torch.Tensor) -> torch.Tensor:
+        view: Any = flat.view(torch.uint8).numpy() if count else b""
         with path.open("rb", buffering=0) as file:
             file.seek(start)
-            done = 0
-            while done < len(view):
-                count = file.readinto(view[done : done + (1 << 30)])
-                if not count:
+            rest = memoryview(view)
+            while rest:
+                # Linux reads at most 2 GiB at a time.
+                num_read = file.readinto(rest[: 1 << 30])
+                if not num_read:
                     raise CheckpointError(
                         f"{path} ends inside {key}.",
                         hint="The file changed while it was read; download it again.",
                     )
-                done += count
-        return flat.as_strided(shape, stride).contiguous()
+                rest = rest[num_read:]
+        return flat.as_strided(shape, stride)
 
-    return StoredTensor(key, path, shape, dtype, read)
+    def read() -> torch.Tensor:
+        return fill(torch.empty(count, dtype=dtype)).contiguous()
+
+    def borrow() -> torch.Tensor:
+        return fill(_scratch(count * dtype.itemsize).view(dtype))
+
+    return StoredTensor(key, path, shape, dtype, read, borrow)
 
 
-def _fused(tensor: StoredTensor, parts: int) -> list[StoredTensor]:
-    """A Conv1D weight [in, parts * out] or bias [parts * out] as `parts` Linear ones.
+_held = threading.local()
 
-    The fused tensor is read once for all its parts, which are asked for one after another.
+
+def _scratch(num_bytes: int) -> torch.Tensor:
+    """Bytes that this thread uses again and again: touching new memory costs more than reading."""
+    buffer = getattr(_held, "buffer", None)
+    if buffer is None or len(buffer) < num_bytes:
+        buffer = _held.buffer = torch.empty(num_bytes, dtype=torch.uint8)
+    return buffer[:num_bytes]
+
+
+def _forget_scratch() -> None:
+    """Give this thread's bytes back; other threads' go with them."""
+    _held.__dict__.pop("buffer", None)
+
+
+def _linear(tensor: StoredTensor) -> StoredTensor:
+    """A Conv1D weight [in, out] as a Linear one; a bias is what it was."""
+    if len(tensor.shape) == 1:
+        return tensor
+    return tensor.changed(tensor.shape[::-1], lambda weight: weight.t().contiguous())
+
+
+def _split(tensor: StoredTensor, parts: int) -> list[StoredTensor]:
+    """`tensor` in equal parts by rows, read once for all of them.
+
+    The parts share a storage, as they are asked for one after another and all are kept.
     """
     lock = threading.Lock()
-    held: list[torch.Tensor] = []
+    whole: list[torch.Tensor] = []
     served: set[int] = set()
-    out = tensor.shape[-1] // parts
+    rows = tensor.shape[0] // parts
 
     def part(at: int) -> torch.Tensor:
         with lock:
-            if not held:
-                held.append(tensor.read())
-            whole = held[0]
+            if not whole:
+                whole.append(tensor.read())
+            piece = whole[0][at * rows : (at + 1) * rows]
             served.add(at)
             if len(served) == parts:
-                held.clear()
+                whole.clear()
                 served.clear()
-        piece = whole[..., at * out : (at + 1) * out]
-        return piece.t().contiguous() if piece.ndim == 2 else piece.clone()
+        return piece
 
-    shape = (out, tensor.shape[0]) if len(tensor.shape) == 2 else (out,)
+    shape = (rows, *tensor.shape[1:])
     return [
-        dataclasses.replace(tensor, shape=shape, read=lambda at=at: part(at)) for at in range(parts)
+        dataclasses.replace(tensor, shape=shape, read=lambda at=at: part(at), borrow=None)
+        for at in range(parts)
     ]
 
 
@@ -442,16 +478,14 @@ def _crystal_tensors(key: str, tensor: StoredTensor) -> dict[str, StoredTensor] 
     prefix = f"model.layers.{layer}"
     if name == "attn.c_attn":
         projections = ("q_proj", "k_proj", "v_proj")
-        parts = _fused(tensor, 3)
+        parts = _split(_linear(tensor), 3)
         return {
             f"{prefix}.self_attn.{projection}.{kind}": part
             for projection, part in zip(projections, parts, strict=True)
         }
     if name not in _CRYSTAL_NAMES:
         return None
-    if "c_" in name:
-        (tensor,) = _fused(tensor, 1)
-    return {f"{prefix}.{_CRYSTAL_NAMES[name]}.{kind}": tensor}
+    return {f"{prefix}.{_CRYSTAL_NAMES[name]}.{kind}": _linear(tensor)}
 
 
 def _llama_tensors(key: str, tensor: StoredTensor) -> dict[str, StoredTensor] | None:
@@ -838,8 +872,32 @@ def _load_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokeniz
             f"{folder} has no tokenizer (tokenizer.json or tokenizer.model).",
             hint="Copy the tokenizer files of the base model into the folder.",
         )
+    settings: dict[str, Any] = {}
+    if (folder / "tokenizer_config.json").is_file():
+        settings = _read_json(folder / "tokenizer_config.json")
+    name = settings.get("tokenizer_class")
     try:
-        return AutoTokenizer.from_pretrained(folder, config=config)
+        if not settings.get("auto_map") and (name is None or hasattr(transformers, str(name))):
+            return AutoTokenizer.from_pretrained(folder, config=config)
+        # CrystalChat's tokenizer class is code of its own around a Llama tokenizer, and what that
+        # code does beyond its files is to put its two flags in place of the stored processor.
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        else:
+            tokenizer = LlamaTokenizer.from_pretrained(folder)
+        ends = [
+            (tokenizer.bos_token, settings.get("add_bos_token", False), "{} $A"),
+            (tokenizer.eos_token, settings.get("add_eos_token", False), "$A {}"),
+        ]
+        single, special = "$A", []
+        for token, wanted, where in ends:
+            if wanted:
+                single = where.format(token).replace("$A", single)
+                special.append((token, tokenizer.convert_tokens_to_ids(token)))
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=single, special_tokens=special
+        )
+        return tokenizer
     except (ValueError, KeyError, TypeError, OSError, ImportError, AttributeError) as error:
         raise CheckpointError(
             f"The tokenizer in {folder} cannot be read: {_brief(error)}",
@@ -1117,8 +1175,11 @@ def load_checkpoint(
             _check_plan(checkpoint, plan, quantization, offload_folder)
             arguments["device_map"] = plan
         arguments["offload_folder"] = offload_folder
-    with _quiet(), _damage_in(checkpoint.folder):
-        model, info = _from_pretrained(checkpoint, arguments, report)
+    try:
+        with _quiet(), _damage_in(checkpoint.folder):
+            model, info = _from_pretrained(checkpoint, arguments, report)
+    finally:
+        _forget_scratch()
     problems = [
         f"{kind.replace('_', ' ')}: {_listed(sorted(map(str, info[kind])))}"
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
@@ -1215,7 +1276,7 @@ def _reporting(tensors: Mapping[str, StoredTensor], report: Report) -> dict[str,
         return value
 
     return {
-        name: dataclasses.replace(tensor, read=lambda tensor=tensor: watched(tensor))
+        name: dataclasses.replace(tensor, read=lambda tensor=tensor: watched(tensor), borrow=None)
         for name, tensor in tensors.items()
     }
 

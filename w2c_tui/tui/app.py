@@ -1,0 +1,455 @@
+"""The application: one engine, one session store, one model shared by all sessions.
+
+Owns what outlives a screen: loading the model, answers that are being written, reading text off
+screenshots, the theme, and what happens when something breaks. Knows nothing about layout.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+import msgspec
+from textual.app import App, SystemCommand
+from textual.binding import Binding, BindingType
+from textual.message import Message
+from textual.screen import Screen
+
+from w2c_tui.backends.base import ModelInfo
+from w2c_tui.core.config import GenerationParams, LoadSpec, Paths, Settings
+from w2c_tui.core.conversation import Attachment
+from w2c_tui.core.errors import EngineError, W2CError
+from w2c_tui.core.printable import printable
+from w2c_tui.core.store import Parent, Store
+from w2c_tui.engine.client import EngineClient
+from w2c_tui.tui.answer import Answer
+from w2c_tui.tui.picture import protocol_for
+
+log = logging.getLogger("w2c_tui.tui")
+log.addHandler(logging.NullHandler())
+F = TypeVar("F", bound=Callable[..., Any])
+ModelState = Literal["none", "loading", "ready", "failed"]
+
+
+def guarded(method: F) -> F:
+    """A handler or action whose W2CErrors are shown instead of ending the application."""
+    import inspect
+
+    if inspect.iscoroutinefunction(method):
+
+        @functools.wraps(method)
+        async def run_async(self: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return await method(self, *args, **kwargs)
+            except W2CError as error:
+                self.app.show_error(error)
+
+        return run_async  # type: ignore[return-value]
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except W2CError as error:
+            self.app.show_error(error)
+
+    return run  # type: ignore[return-value]
+
+
+class ModelChanged(Message):
+    """The model, its state or the progress of loading it is another one."""
+
+
+class AnswerOver(Message):
+    """An answer ended, in whatever way."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__()
+        self.answer = answer
+
+
+class TextRead(Message):
+    """Text recognition on a picture ended."""
+
+    def __init__(self, image: Attachment, error: W2CError | None) -> None:
+        super().__init__()
+        self.image = image
+        self.error = error
+
+
+class Remembered(msgspec.Struct):
+    """What the application keeps between runs beside the sessions."""
+
+    theme: str = "textual-dark"
+    sidebar: bool = False
+
+
+class W2CApp(App[int]):
+    """See the module. `run` returns the exit status. An `engine` that is given is left open."""
+
+    TITLE = "w2c-tui"
+    CSS_PATH = Path(__file__).with_name("app.tcss")
+    HORIZONTAL_BREAKPOINTS = [  # noqa: RUF012
+        (0, "-narrow"),
+        (100, "-medium"),
+        (140, "-wide"),
+    ]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("ctrl+q", "quit", "Quit", id="quit", priority=True),
+        Binding("f1", "keys", "Keys", id="help"),
+    ]
+
+    def __init__(
+        self,
+        settings: Settings,
+        paths: Paths,
+        store: Store,
+        *,
+        images: Sequence[str] = (),
+        session: str | None = None,
+        new: bool = False,
+        engine: EngineClient | None = None,
+    ) -> None:
+        super().__init__()
+        self.settings = settings
+        self.paths = paths
+        self.store = store
+        self.engine = engine or EngineClient(paths.engine_log)
+        self.spec = settings.model
+        self.model_state: ModelState = "none"
+        self.model_error: W2CError | None = None
+        self.progress: tuple[str, int, int] = ("", 0, 0)
+        self.phase_began = 0.0
+        self.answers: dict[int, Answer] = {}
+        self.protocol = protocol_for(settings.interface.pictures)
+        self.plain = _wants_ascii(settings.interface.ascii)
+        self._owns_engine = engine is None
+        self._loading = threading.Lock()
+        self._loaded_spec: LoadSpec | None = None
+        self._state_file = paths.data / "interface.json"
+        self._remembered = _recall(self._state_file)
+        self._start = (list(images), session, new)
+        self._ending = False
+
+    @property
+    def info(self) -> ModelInfo | None:
+        """The loaded model."""
+        return self.engine.model if self.model_state == "ready" else None
+
+    # ── start and end ─────────────────────────────────────────────────────────────────────────
+
+    def get_default_screen(self) -> Screen[None]:
+        from w2c_tui.tui.chat_screen import ChatScreen
+
+        return ChatScreen(*self._start)
+
+    def on_mount(self) -> None:
+        theme = self.settings.interface.theme or self._remembered.theme
+        if theme in self.available_themes:
+            self.theme = theme
+        else:
+            names = ", ".join(sorted(self.available_themes))
+            self.notify(f"There is no theme {theme!r}. There are: {names}.", markup=False)
+        self.set_keymap(self.settings.interface.keys)
+        self.set_class(self.plain, "-ascii")
+        if self.store.recovery is not None:
+            self.notify(
+                f"The session database was damaged. {self.store.recovery.num_messages} messages "
+                f"were saved; the damaged file is {self.store.recovery.moved_to}.",
+                severity="warning",
+                timeout=30,
+                markup=False,
+            )
+        self.theme_changed_signal.subscribe(self, lambda theme: self._remember(theme=theme.name))
+        self._end_on_signals()
+        # After the first frame: starting a process costs more than drawing does.
+        self.set_timer(0.05, self.load_model)
+
+    def _end_on_signals(self) -> None:
+        """Leave properly when asked to end from outside, so that the terminal is restored."""
+        import asyncio
+        import contextlib
+        import signal
+
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for name in ("SIGTERM", "SIGHUP"):
+            with contextlib.suppress(AttributeError, NotImplementedError, ValueError):
+                number = getattr(signal, name)
+                asyncio.get_running_loop().add_signal_handler(number, self.exit, 128 + number)
+
+    def on_unmount(self) -> None:
+        self.shut_down()
+
+    def shut_down(self) -> None:
+        """End the engine and write what is unwritten: threads wait for it. Harmless repeated."""
+        self._ending = True
+        for answer in self.answers.values():
+            answer.cancel()
+        if self._owns_engine:
+            self.engine.close()
+        for answer in list(self.answers.values()):
+            answer.wait(2.0)
+
+    async def action_quit(self) -> None:
+        from w2c_tui.tui.chat_screen import ChatScreen
+
+        for screen in self.screen_stack:
+            if isinstance(screen, ChatScreen):
+                screen.keep()
+        self.exit(0)
+
+    def _handle_exception(self, error: Exception) -> None:
+        log.error("The interface failed", exc_info=error)
+        super()._handle_exception(error)
+
+    def _fatal_error(self) -> None:
+        # Textual would print the traceback with all local variables; it is in the log instead.
+        from rich.segment import Segments
+
+        text = (
+            "w2c-tui stopped because of a defect of its own. Your sessions are saved.\n"
+            f"Details: {self.paths.app_log}"
+        )
+        self._exit_renderables.append(Segments(self.console.render(text)))
+        self._close_messages_no_wait()
+
+    def show_error(self, error: W2CError) -> None:
+        """What failed and what to do, for as long as it takes to read."""
+        log.warning("%s: %s", type(error).__name__, error)
+        self.notify(printable(str(error)), severity="error", timeout=15, markup=False)
+
+    def copy(self, text: str, what: str) -> None:
+        """To the clipboard: through its own program, and through the terminal over SSH."""
+        self.copy_to_clipboard(text)
+        if "SSH_CONNECTION" not in os.environ:
+            import pyperclip
+
+            try:
+                pyperclip.copy(text)
+            except pyperclip.PyperclipException:
+                log.info("no clipboard program; the terminal was asked")
+        self.notify(f"Copied {what}.", timeout=3, markup=False)
+
+    # ── what is kept between runs ─────────────────────────────────────────────────────────────
+
+    @property
+    def remembered(self) -> Remembered:
+        return self._remembered
+
+    def _remember(self, **changes: Any) -> None:
+        self._remembered = msgspec.structs.replace(self._remembered, **changes)
+        try:
+            self._state_file.parent.mkdir(parents=True, exist_ok=True)
+            self._state_file.write_bytes(msgspec.json.encode(self._remembered))
+        except OSError as error:
+            log.warning("%s cannot be written: %s", self._state_file, error)
+
+    # ── the model ─────────────────────────────────────────────────────────────────────────────
+
+    def load_model(self, spec: LoadSpec | None = None) -> None:
+        """Load `spec` (or the one that is set) in the background."""
+        self.spec = spec or self.spec
+        self.model_state = "loading"
+        self.progress = ("Starting the engine", 0, 0)
+        self._tell_model()
+        self.run_worker(self._load_quietly, thread=True, group="model", exit_on_error=False)
+
+    def unload_model(self) -> None:
+        self.cancel_answers()
+        self.model_state = "none"
+        self._tell_model()
+        self.run_worker(self.engine.unload, thread=True, group="model", exit_on_error=False)
+
+    def cancel_loading(self) -> None:
+        self.engine.cancel()
+
+    def ready(self) -> None:
+        """On a thread: return when the model is loaded. Raises what loading raises."""
+        with self._loading:
+            spec = self.spec
+            if self.engine.model is not None and self.engine.pid and self._loaded_spec == spec:
+                if self.model_state != "ready":
+                    self.model_state = "ready"
+                    self._tell_model()
+                return
+            self.model_state = "loading"
+            try:
+                self.engine.load(spec, self._report)
+            except W2CError as error:
+                self.model_state, self.model_error = "failed", error
+                raise
+            else:
+                self._loaded_spec, self.model_error = spec, None
+                self.model_state = "ready"
+            finally:
+                self._tell_model()
+
+    def _load_quietly(self) -> None:
+        try:
+            self.ready()
+        except W2CError as error:
+            log.warning("%s: %s", type(error).__name__, error)
+        except Exception:
+            log.exception("loading a model failed")
+            raise
+
+    def _report(self, phase: str, done: int, total: int) -> None:
+        if phase != self.progress[0]:
+            self.phase_began = time.monotonic()
+        self.progress = (phase, done, total)
+        self._tell_model()
+
+    def _tell_model(self) -> None:
+        if not self._ending and self.is_running:
+            self.post_message(ModelChanged())
+
+    def on_model_changed(self) -> None:
+        for screen in self.screen_stack:
+            if (tell := getattr(screen, "model_changed", None)) is not None:
+                tell()
+
+    # ── answers ───────────────────────────────────────────────────────────────────────────────
+
+    def begin_answer(
+        self, session_id: str, params: GenerationParams, *, parent: Parent = "leaf"
+    ) -> Answer:
+        """Start answering below `parent`."""
+        name = self.info.name if self.info else self.spec.name
+        writer = self.store.begin_answer(session_id, parent=parent, model=_short(name))
+        return self._answer(Answer(writer, self.store.message(writer.message_id)), params)
+
+    def continue_answer(self, message_id: int, params: GenerationParams) -> Answer:
+        """Write on at the end of an answer."""
+        writer = self.store.continue_answer(message_id)
+        return self._answer(Answer(writer, self.store.message(message_id)), params)
+
+    def _answer(self, answer: Answer, params: GenerationParams) -> Answer:
+        self.answers[answer.message_id] = answer
+
+        def work() -> None:
+            try:
+                answer.run(self.engine, self.store, params, self.ready)
+            except Exception as error:
+                log.exception("answering failed")
+                answer.error = EngineError(
+                    f"{type(error).__name__}: {error}", hint=f"Details: {self.paths.app_log}"
+                )
+            finally:
+                if not self._ending:
+                    self.post_message(AnswerOver(answer))
+
+        self.run_worker(work, thread=True, group="answers", exit_on_error=False)
+        return answer
+
+    def on_answer_over(self, event: AnswerOver) -> None:
+        answer = event.answer
+        answer.fetch()
+        self.answers.pop(answer.message_id, None)
+        if answer.error is not None:
+            log.warning("%s: %s", type(answer.error).__name__, answer.error)
+            if self.engine.model is None and self.model_state == "ready":
+                self.model_state = "none"
+                self._tell_model()
+        for screen in self.screen_stack:
+            if (tell := getattr(screen, "answer_over", None)) is not None:
+                self.call_later(tell, answer)
+
+    def cancel_answers(self) -> None:
+        for answer in self.answers.values():
+            answer.cancel()
+
+    # ── text on pictures ──────────────────────────────────────────────────────────────────────
+
+    def wants_text(self, image: Attachment, ocr: str) -> bool | None:
+        """Whether the text of `image` is still to be read; None while that is not known, because
+        it depends on the model."""
+        if image.page_text is not None or ocr == "off":
+            return False
+        if ocr == "on":
+            return True
+        return None if self.info is None else not self.info.reads_images
+
+    def read_text(self, image: Attachment) -> None:
+        """In the background; `TextRead` brings the picture back with its text."""
+
+        def work() -> None:
+            found, problem = image, None
+            try:
+                found = msgspec.structs.replace(image, page_text=self.engine.read_text(image))
+            except W2CError as error:
+                problem = error
+            except Exception as error:
+                log.exception("reading text failed")
+                problem = EngineError(f"{type(error).__name__}: {error}")
+            if not self._ending:
+                self.post_message(TextRead(found, problem))
+
+        self.run_worker(work, thread=True, group="text", exit_on_error=False)
+
+    def on_text_read(self, event: TextRead) -> None:
+        for screen in self.screen_stack:
+            if (tell := getattr(screen, "text_read", None)) is not None:
+                self.call_later(tell, event.image, event.error)
+
+    # ── commands ──────────────────────────────────────────────────────────────────────────────
+
+    def action_keys(self) -> None:
+        """List the keys as they are now, with what the configuration changed."""
+        from w2c_tui.tui.chat_screen import ChatScreen
+        from w2c_tui.tui.dialogs import Keys
+        from w2c_tui.tui.message_view import MessageView
+        from w2c_tui.tui.picture_pane import PicturePane
+        from w2c_tui.tui.prompt_box import PromptBox
+        from w2c_tui.tui.sidebar import SessionList
+
+        places: dict[str, type[Any]] = {
+            "Everywhere": W2CApp,
+            "Conversation": ChatScreen,
+            "Prompt": PromptBox,
+            "On a message (F6 goes there)": MessageView,
+            "In the list of sessions": SessionList,
+            "In the picture pane": PicturePane,
+        }
+        changed = self.settings.interface.keys
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for title, place in places.items():
+            groups[title] = keys = []
+            for binding in Binding.make_bindings(place.BINDINGS):
+                if binding.description:
+                    binding = binding.with_key(changed.get(binding.id or "", binding.key))
+                    keys.append((self.get_key_display(binding), binding.description))
+        groups["Everywhere"].append(("^p", "Every command, by name"))
+        self.push_screen(Keys(groups))
+
+    def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
+        offered: Callable[[], Iterable[SystemCommand]] | None = getattr(screen, "commands", None)
+        if offered is not None:
+            yield from offered()
+        yield from super().get_system_commands(screen)
+
+
+def _short(name: str) -> str:
+    return Path(name).name if os.sep in name and os.path.exists(name) else name
+
+
+def _wants_ascii(setting: bool | None) -> bool:
+    import sys
+
+    if setting is not None:
+        return setting
+    encoding = getattr(sys.__stdout__, "encoding", None) or "utf-8"
+    return "utf" not in encoding.lower()
+
+
+def _recall(path: Path) -> Remembered:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Remembered)
+    except (OSError, msgspec.DecodeError):
+        return Remembered()
