@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -42,8 +43,10 @@ if TYPE_CHECKING:
     from w2c_tui.tui.settings_panel import SettingsPanel
     from w2c_tui.tui.sidebar import Sidebar
 
-FRAME_S = 1 / 12
+FRAME_S = 1 / 10
 """How often an answer that is being written is drawn."""
+FRAME_WHILE_TYPING_S = 1 / 3
+"""The same shortly after a key: what is typed comes first."""
 
 
 class ChatScreen(Screen[None]):
@@ -86,6 +89,7 @@ class ChatScreen(Screen[None]):
         self._params = GenerationParams()
         self._ocr = "auto"
         self._picture = ""
+        self._typed_at = self._drawn_at = 0.0
         self._folder = Path.cwd()
 
     def compose(self) -> ComposeResult:
@@ -349,6 +353,7 @@ class ChatScreen(Screen[None]):
 
     @on(TextArea.Changed, "#prompt")
     def _typed(self) -> None:
+        self._typed_at = time.monotonic()
         self._take_draft()
         self._saver.reset()
         self._saver.resume()
@@ -433,6 +438,10 @@ class ChatScreen(Screen[None]):
 
     async def _follow(self) -> None:
         """Draw what has come of the answers."""
+        now = time.monotonic()
+        if now - self._typed_at < 0.15 and now - self._drawn_at < FRAME_WHILE_TYPING_S:
+            return
+        self._drawn_at = now
         for answer in self.app.answers.values():
             changed = answer.fetch()
             view = self.transcript.view(answer.message_id)

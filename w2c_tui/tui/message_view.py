@@ -139,7 +139,7 @@ class Code(Vertical):
         num_lines = self._shown.removesuffix("\n").count("\n") + 1
         more = "" if self._kind != "page" else "   p copies it, x shows all of it"
         lines = "1 line" if num_lines == 1 else f"{num_lines:,} lines"
-        self._title.update(f"{name}, {lines}, {_size(len(self._shown))}{more}")
+        self._title.update(f"{name}, {lines}, {_size(len(self._shown))}{more}", layout=False)
 
 
 class Thumbnail(Horizontal):
@@ -243,6 +243,7 @@ class MessageView(Vertical, can_focus=True):
         self._body = Vertical(classes="message-body")
         self._parts: list[Prose | Code] = []
         self._folded = False
+        self._told: tuple[object, ...] = ()
 
     def compose(self) -> ComposeResult:
         yield self._head
@@ -331,13 +332,20 @@ class MessageView(Vertical, can_focus=True):
         if len(message.siblings) > 1:
             at = message.siblings.index(message.id) + 1 if message.id in message.siblings else 0
             versions = f"  < {at}/{len(message.siblings)} >"
-        self._head.update(
-            Content.assemble((who, "bold"), (f"  {clock}", "dim"), (versions, "bold"))
-        )
         foot = self._verdict()
+        told = (who, versions, foot)
+        if told == self._told:
+            return
+        head = Content.assemble((who, "bold"), (f"  {clock}", "dim"), (versions, "bold"))
+        if told[:2] != self._told[:2]:
+            self._head.update(head, layout=False)
+        before = str(self._told[2]) if self._told else ""
+        # A layout for every piece of an answer would cost more than all the rest.
+        same_height = self.answer is not None and before and before.count("\n") == foot.count("\n")
         self._foot.display = bool(foot)
-        self._foot.update(foot)
+        self._foot.update(foot, layout=not same_height)
         self.set_class(message.status == "error", "-failed")
+        self._told = told
 
     def _verdict(self) -> str:
         message, answer = self.message, self.answer
