@@ -54,7 +54,7 @@ def tui(images: tuple[str, ...], session: str | None, new: bool, **flags: Any) -
         if session:
             store.session(session)
         for image in images:
-            from w2c_tui.core.image import parse_reference, read_reference
+            from w2c_tui.core.reference import parse_reference, read_reference
 
             if "://" not in image:
                 read_reference(parse_reference(image), settings.images)

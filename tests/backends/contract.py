@@ -82,9 +82,7 @@ class BackendContract:
         assert one != text_of(events(vision, [user("Other", red)]))
         assert one == text_of(events(vision, [user("Code?", red)]))
 
-    def test_five_turns_with_an_edit_and_a_swapped_image_equal_fresh_runs(
-        self, vision, fresh, red
-    ):
+    def test_five_turns_with_an_edit_and_a_swapped_image_equal_fresh_runs(self, vision, fresh, red):
         """Greedy text after an edit of the second question and another image in the first."""
         conversations = []
         messages = [user("Turn 0", red)]

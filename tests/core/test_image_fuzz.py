@@ -188,6 +188,19 @@ def test_every_mutation_opens_or_is_refused(format: str, capfd: pytest.CaptureFi
         b"II+\0\x08\0\0\0",
         b"\0\0\0\x20ftypavif",
     ],
+    ids=[
+        "none",
+        "PNG",
+        "JPEG",
+        "WebP VP8L",
+        "WebP VP8X",
+        "GIF",
+        "BMP",
+        "TIFF",
+        "TIFF big-endian",
+        "BigTIFF",
+        "AVIF",
+    ],
 )
 def test_noise_behind_a_signature_is_refused(signature: bytes) -> None:
     chance = random.Random(f"noise {signature!r}")

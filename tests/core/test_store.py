@@ -630,7 +630,11 @@ def test_migration_files_are_numbered_without_gaps() -> None:
     assert len(store_module._schema().migrations) == len(numbers)
 
 
-@pytest.mark.parametrize("content", [b"this is not a database at all" * 100, b"SQLite format 3\0"])
+@pytest.mark.parametrize(
+    "content",
+    [b"this is not a database at all" * 100, b"SQLite format 3\0"],
+    ids=["no database", "only a header"],
+)
 def test_a_file_that_is_no_database_is_set_aside(path: Path, content: bytes) -> None:
     path.parent.mkdir()
     path.write_bytes(content)

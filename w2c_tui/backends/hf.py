@@ -9,6 +9,7 @@ computed afresh by the model's own preparation. Knows nothing about processes or
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sys
 import time
@@ -56,13 +57,22 @@ from w2c_tui.core.errors import (
 )
 from w2c_tui.core.image import open_image, pixel_values
 from w2c_tui.core.locate import locate
-from w2c_tui.core.prompt import TEMPLATES, AnyTemplate, image_list, render
+from w2c_tui.core.prompt import (
+    TEMPLATES,
+    AnyTemplate,
+    ChatTemplate,
+    Segment,
+    image_list,
+    render,
+)
 from w2c_tui.models.checkpoint import LoadedModel, load_model
 from w2c_tui.models.tokenize import ImageSlot, PromptTokenizer, TextStream
 
 # Families whose language model sees nothing of an image but its features in place of tokens,
 # with plain positions and a causal mask.
 _SPLICED = {"llava", "idefics3", "smolvlm", "internvl", "mistral3", "aya_vision"}
+# What processors call the mask of image tokens; it is made for the whole prompt here.
+_TYPE_IDS = ("token_type_ids", "mm_token_type_ids")
 _CHUNK_TARGET_S = 0.15
 _MAX_CACHED_IMAGES = 16
 
@@ -72,16 +82,20 @@ class _Cancelled(Exception):
 
 
 class _EncodedImage(msgspec.Struct):
-    """One image as a model takes it: the ids it stands as, and its features once computed.
+    """One image as a model takes it: what stands in its place, and its features once computed.
 
-    `is_feature[i]`: row i of the ids is a feature, not a token. `inputs` are the encoder's inputs.
+    `stands_as`: numbers of features, with the text and tokens that the processor puts around and
+    between them. `inputs` are the encoder's inputs.
     """
 
     sha256: str
-    ids: list[int]
-    is_feature: list[bool]
+    stands_as: list[Segment | int]
     inputs: dict[str, torch.Tensor]
     features: torch.Tensor | None = None
+
+    @property
+    def num_features(self) -> int:
+        return sum(part for part in self.stands_as if isinstance(part, int))
 
 
 Unit = int | tuple[str, int]
@@ -184,21 +198,38 @@ class HFBackend:
 
     def _encode(self, messages: Sequence[Message]) -> tuple[list[Unit], list[int]]:
         """The conversation as context units and as token ids (features as image-token ids)."""
-        segments = render(messages, self._template, images=self._reads_images)
-        images = image_list(messages)
+        images = (
+            [self._encoded_image(image) for image in image_list(messages)]
+            if self._reads_images
+            else []
+        )
+        segments: list[Segment] = []
+        runs: list[tuple[str, range]] = []
+        for segment in render(messages, self._template, images=self._reads_images):
+            if segment.kind != "image":
+                segments.append(segment)
+                continue
+            encoded, first = images[segment.image], 0
+            for part in encoded.stands_as:
+                if isinstance(part, int):
+                    segments.append(segment)
+                    runs.append((encoded.sha256, range(first, first + part)))
+                    first += part
+                else:
+                    segments.append(part)
+        split = not isinstance(self._template, ChatTemplate)
+        image_id = getattr(self._model.config, "image_token_id", 0) or 0
         units: list[Unit] = []
         ids: list[int] = []
-        for piece in self._tokenizer.encode(segments):
+        features = iter(runs)
+        for piece in self._tokenizer.encode(segments, split_at_images=split):
             if isinstance(piece, ImageSlot):
-                encoded = self._encoded_image(images[piece.image])
-                ids += encoded.ids
-                at = 0
-                for ident, is_feature in zip(encoded.ids, encoded.is_feature, strict=True):
-                    units.append((encoded.sha256, at) if is_feature else ident)
-                    at += is_feature
+                sha256, rows = next(features)
+                units += [(sha256, row) for row in rows]
+                ids += [image_id] * len(rows)
             else:
-                ids += piece.ids
                 units += piece.ids
+                ids += piece.ids
         return units, ids
 
     def _encoded_image(self, attachment: Attachment) -> _EncodedImage:
@@ -214,15 +245,12 @@ class HFBackend:
     def _prepare_image(self, attachment: Attachment) -> _EncodedImage:
         assert self._loaded is not None
         picture = open_image(attachment)
-        image_id = self._model.config.image_token_id
         if self._loaded.image_spec is not None:
-            pixels = pixel_values(picture, self._loaded.image_spec)
-            length = self._loaded.image_seq_length
+            pixels = torch.from_numpy(pixel_values(picture, self._loaded.image_spec))
             return _EncodedImage(
                 attachment.sha256,
-                [image_id] * length,
-                [True] * length,
-                {"pixel_values": torch.from_numpy(pixels)[None]},
+                [self._loaded.image_seq_length],
+                {"pixel_values": pixels[None]},
             )
         processor = self._loaded.processor
         assert processor is not None
@@ -234,9 +262,20 @@ class HFBackend:
                 add_special_tokens=False,
             )
         )
-        ids = inputs.pop("input_ids")[0].tolist()
         inputs.pop("attention_mask", None)
-        return _EncodedImage(attachment.sha256, ids, [i == image_id for i in ids], inputs)
+        ids = inputs.pop("input_ids")[0].tolist()
+        image_id = self._model.config.image_token_id
+        stands_as: list[Segment | int] = []
+        for kind, run in itertools.groupby(ids, lambda i: -1 if i == image_id else i):
+            count = len(list(run))
+            if kind == -1:
+                stands_as.append(count)
+            elif kind in self._tokenizer.special_ids:
+                token = self._loaded.tokenizer.convert_ids_to_tokens(kind)
+                stands_as += [Segment("token", token)] * count
+            else:
+                stands_as += [Segment("text", self._tokenizer.decode([kind]))] * count
+        return _EncodedImage(attachment.sha256, stands_as, inputs)
 
     def _features(self, encoded: _EncodedImage) -> torch.Tensor:
         """(num_features, hidden): what stands in the context in place of the image."""
@@ -253,10 +292,10 @@ class HFBackend:
             if isinstance(features, list | tuple):
                 features = torch.cat([f.reshape(-1, f.shape[-1]) for f in features])
             features = features.reshape(-1, features.shape[-1])
-            if len(features) != sum(encoded.is_feature):
+            if len(features) != encoded.num_features:
                 raise CheckpointError(
                     f"The vision tower gives {len(features)} features where the prompt has "
-                    f"places for {sum(encoded.is_feature)}.",
+                    f"places for {encoded.num_features}.",
                     hint="The processor and the model of this checkpoint do not belong together.",
                 )
             encoded.features = features
@@ -359,21 +398,16 @@ class HFBackend:
             encoded = [self._images[image.sha256] for image in image_list(messages)]
             for name in dict.fromkeys(key for one in encoded for key in one.inputs):
                 values = [one.inputs[name] for one in encoded]
-                if name in ("token_type_ids", "mm_token_type_ids"):
+                if name in _TYPE_IDS:
                     continue
                 extra[name] = torch.cat(values).to(device)
                 if extra[name].is_floating_point():
                     extra[name] = extra[name].to(self._model.dtype)
-            if any("mm_token_type_ids" in one.inputs for one in encoded):
-                image_id = self._model.config.image_token_id
-                extra["mm_token_type_ids"] = torch.tensor(
-                    [[int(i == image_id) for i in ids]], device=device
-                )
-            if any("token_type_ids" in one.inputs for one in encoded):
-                image_id = self._model.config.image_token_id
-                extra["token_type_ids"] = torch.tensor(
-                    [[int(i == image_id) for i in ids]], device=device
-                )
+            image_id = self._model.config.image_token_id
+            for name in _TYPE_IDS:
+                if any(name in one.inputs for one in encoded):
+                    types = [[int(ident == image_id) for ident in ids]]
+                    extra[name] = torch.tensor(types, device=device)
         self._whole_ids = torch.tensor([list(ids)], device=device)
         self._whole_kwargs = {
             "past_key_values": self._cache,
@@ -388,7 +422,10 @@ class HFBackend:
 
     def _step_whole(self, first: bool = False) -> torch.Tensor:
         inputs = self._model.prepare_inputs_for_generation(
-            self._whole_ids, is_first_iteration=first, **self._whole_kwargs
+            self._whole_ids,
+            next_sequence_length=None if first else 1,
+            is_first_iteration=first,
+            **self._whole_kwargs,
         )
         output = self._model(**inputs, logits_to_keep=1, return_dict=True)
         self._whole_kwargs = self._model._update_model_kwargs_for_generation(

@@ -170,7 +170,7 @@ class _Chat:
 
     def _attach(self, reference: str) -> None:
         from w2c_tui.cli.running import attach
-        from w2c_tui.core.image import parse_reference
+        from w2c_tui.core.reference import parse_reference
 
         image = attach(parse_reference(reference), self.settings, self.engine, self.info)
         self.pending.append(image)

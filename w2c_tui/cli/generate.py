@@ -99,7 +99,7 @@ class _Run:
     def all(self, jobs: Sequence[tuple[str, Path | None]]) -> None:
         from w2c_tui.cli.running import console, interrupt_cancels, load_model
         from w2c_tui.core.config import paths
-        from w2c_tui.core.image import load_attachment
+        from w2c_tui.core.reference import load_attachment
         from w2c_tui.engine.client import EngineClient
 
         if len(jobs) == 1:

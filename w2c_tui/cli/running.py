@@ -28,7 +28,7 @@ from rich.progress import (
 from w2c_tui.backends.base import ModelInfo
 from w2c_tui.core.config import Settings, paths
 from w2c_tui.core.conversation import Attachment
-from w2c_tui.core.image import load_attachment
+from w2c_tui.core.reference import load_attachment
 from w2c_tui.engine.client import EngineClient
 
 console = Console(stderr=True, highlight=False)

@@ -1,42 +1,34 @@
-"""From something a person gave to a verified RGB picture, and from there to the encoder's pixels.
+"""From bytes to a verified RGB picture, and from there to the encoder's pixels.
 
-Owns the three ways in (a path or URL, bytes, the clipboard), the one place where untrusted bytes
-meet Pillow's decoders, and `ImageSpec`, which says how a picture becomes `pixel_values`. Every bad
-input is one `ImageError`. Knows nothing about models, prompts, terminals or where limits are set.
+Owns the one place where untrusted bytes meet Pillow's decoders, the limits they keep, and
+`ImageSpec`, which says how a picture becomes `pixel_values`. Every bad input is one `ImageError`.
+Knows nothing about where bytes come from (`core.reference` does), about models, prompts, terminals
+or where limits are set.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import io
 import logging
-import os
 import re
-import shlex
-import socket
-import stat
-import threading
-import unicodedata
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
-from urllib.parse import unquote, unquote_to_bytes, urljoin, urlsplit
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import msgspec
+from msgspec import Meta
 
 from w2c_tui.core.conversation import Attachment, content_hash
 from w2c_tui.core.errors import CheckpointError, ImageError
+from w2c_tui.core.printable import one_line, quoted, reason_of
 
 if TYPE_CHECKING:
-    import httpx2
     import numpy as np
     from numpy.typing import NDArray
     from PIL import Image
 
-T = TypeVar("T")
 Triple = tuple[float, float, float]
 
 # Radford et al. 2021 (CLIP); SigLIP and ViT use a half for every channel.
@@ -46,147 +38,49 @@ HALF: Triple = (0.5, 0.5, 0.5)
 
 # The only decoders that untrusted bytes ever reach, in Pillow's names.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-_USE_A_PICTURE = "Give a PNG, JPEG, WebP, GIF, BMP, TIFF or AVIF picture."
+USE_A_PICTURE = "Give a PNG, JPEG, WebP, GIF, BMP, TIFF or AVIF picture."
 
 
-class ImageLimits(msgspec.Struct, frozen=True):
-    """What is refused before it is decoded.
+class ImageLimits(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """`[images]`: what is refused before it is fetched, read or decoded.
 
-    `max_pixels` lets full-page screenshots (1280 x 30000) pass and stops decompression bombs;
-    `max_side_px` bounds the square that a picture may have to be padded to. `url_timeout_s` is
-    wall clock for the whole download, name resolution and redirects included. Unless
-    `allow_private_hosts`, a URL and each of its redirects may only lead to public addresses.
+    The default of `max_pixels` lets full-page screenshots (1280 x 30000) pass and stops
+    decompression bombs; `max_side_px` bounds the square that a picture may have to be padded to.
     """
 
-    max_file_bytes: int = 50 * 1024 * 1024
-    max_pixels: int = 50_000_000
-    max_side_px: int = 32_768
-    url_timeout_s: float = 20.0
-    max_redirects: int = 5
-    allow_private_hosts: bool = False
+    max_file_bytes: Annotated[
+        int, Meta(ge=1, description="Largest file or download to accept, in bytes.")
+    ] = 50 * 1024 * 1024
+    max_pixels: Annotated[
+        int, Meta(ge=1, description="Most pixels, width times height, that a picture may have.")
+    ] = 50_000_000
+    max_side_px: Annotated[
+        int, Meta(ge=1, description="Most pixels that a picture may be wide or high.")
+    ] = 32_768
+    url_timeout_s: Annotated[
+        float,
+        Meta(
+            gt=0,
+            le=3600,
+            description="Most seconds for a whole download, with name resolution and redirects, "
+            "or for the clipboard.",
+        ),
+    ] = 20.0
+    max_redirects: Annotated[
+        int, Meta(ge=0, le=100, description="Most redirects to follow from a URL.")
+    ] = 5
+    allow_private_hosts: Annotated[
+        bool,
+        Meta(description="Fetch URLs that lead to this machine or a private network, too."),
+    ] = False
 
 
 DEFAULT_LIMITS = ImageLimits()
 
 
-# What a person typed, pasted or dragged
-
-
-def parse_reference(text: str, *, windows: bool = os.name == "nt") -> str:
-    """The local path or URL that `text` means.
-
-    Understands `~`, quotes, `file://` URLs, the backslash escapes of a dragged path (not on
-    `windows`, where a backslash separates folders) and both Unicode normalisations of a name.
-    The first spelling that exists on disk wins, the literal one before all others. Raises
-    ImageError when `text` is blank or a `file://` URL names another machine.
-    """
-    text = text.strip()
-    bare = text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
-    if not bare.strip():
-        raise ImageError("No image was named.", hint="Give the path of a file or an http(s) URL.")
-    if _is_url(bare):
-        return bare.strip()
-    if bare.lower().startswith("file:/"):
-        spellings = [_path_of_file_url(bare, windows)]
-    else:
-        spellings = [text, bare] if windows else [text, bare, _unescaped(text, bare)]
-    for spelling in spellings:
-        for path in _forms_on_disk(spelling):
-            if os.path.exists(path):
-                return path
-    from_windows = re.match(r"[A-Za-z]:\\", bare)
-    return os.path.expanduser(bare if from_windows else spellings[-1])
-
-
-def split_references(text: str, *, windows: bool = os.name == "nt") -> list[str]:
-    """The paths and URLs of a paste: one on each line, or several on a line, quoted or escaped.
-
-    A line is taken apart only where every part looks like a reference, so that an unquoted name
-    with spaces stays whole. Each is as `parse_reference` returns it, and raises as it does.
-    """
-    references = []
-    for line in filter(str.strip, text.splitlines()):
-        try:
-            words = (
-                [a or b for a, b in re.findall(r'"([^"]+)"|(\S+)', line)]
-                if windows
-                else shlex.split(line)
-            )
-        except ValueError:
-            words = []
-        whole = parse_reference(line, windows=windows)
-        several = len(words) > 1 and all(_looks_like_reference(word) for word in words)
-        if several and not os.path.exists(whole):
-            references += [parse_reference(word, windows=windows) for word in words]
-        else:
-            references.append(whole)
-    return references
-
-
-def _is_url(text: str) -> bool:
-    return re.match(r"\s*(?!file:)([a-z][a-z0-9+.-]+://|data:)", text, re.IGNORECASE) is not None
-
-
-def _looks_like_reference(word: str) -> bool:
-    pattern = r"[/~.\\]|[a-z]:[\\/]|file:/|.*\.(png|jpe?g|webp|gif|bmp|tiff?|avif)$"
-    return _is_url(word) or re.match(pattern, word, re.I) is not None or os.path.exists(word)
-
-
-def _path_of_file_url(url: str, windows: bool) -> str:
-    parts = re.fullmatch(r"file:(?://([^/]*))?(/.*)", url, re.IGNORECASE | re.DOTALL)
-    host, path = parts.groups() if parts else ("", url[5:])
-    path = os.fsdecode(unquote_to_bytes(path.encode("utf-8", "surrogateescape")))
-    if windows:
-        path = re.sub(r"^/([A-Za-z]:)", r"\1", path).replace("/", "\\")
-    if (host or "localhost").lower() in ("localhost", socket.gethostname().lower()):
-        return path
-    if windows:
-        return rf"\\{host}{path}"
-    raise ImageError(
-        f"{_shown(url)} is a file of another machine, {_shown(host)}.",
-        hint="Copy the file to this machine and give its path.",
-    )
-
-
-def _unescaped(text: str, bare: str) -> str:
-    with contextlib.suppress(ValueError):
-        words = shlex.split(text)
-        if len(words) == 1:
-            return words[0]
-    return re.sub(r"\\(.)", r"\1", bare)
-
-
-def _forms_on_disk(path: str) -> Iterator[str]:
-    for name in dict.fromkeys((path, os.path.expanduser(path))):
-        yield name
-        yield unicodedata.normalize("NFC", name)
-        yield unicodedata.normalize("NFD", name)
-
-
-def _shown(text: str, limit: int = 100) -> str:
-    """`text` for a message: nothing that moves a terminal's cursor, no password, not too long."""
-    text = re.sub(r"(?<=://)[^/@\s]*@", "", text)
-    text = text if len(text) <= limit else f"{text[: limit // 3]}…{text[-limit // 2 :]}"
-    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return f"'{''.join(escaped)}'"
-
-
-# From a reference to bytes
-
-
-def load_attachment(reference: str | Path, limits: ImageLimits = DEFAULT_LIMITS) -> Attachment:
-    """The verified picture behind a path or URL. Raises ImageError.
-
-    A string is read as a person's spelling (`parse_reference`), a Path is taken as it is.
-    """
-    found = str(reference) if isinstance(reference, Path) else parse_reference(reference)
-    data = read_reference(found, limits)
-    if _is_url(found):
-        parts = urlsplit(found)
-        name = unquote(parts.path.rstrip("/").rpartition("/")[2]) or parts.hostname or "image"
-    else:
-        name = os.path.basename(found) or "image"
-    return attachment_from_bytes(data, name=name, source=found, limits=limits)
+# From bytes to a picture
 
 
 def attachment_from_bytes(
@@ -194,299 +88,31 @@ def attachment_from_bytes(
 ) -> Attachment:
     """`data` as an attachment, after it was decoded once from end to end. Raises ImageError.
 
-    `name` is made safe to print; `source` stays as given, except for what is not valid Unicode
-    and a URL's password.
+    `name` is made safe to print; `source` stays as given, except for what is not valid Unicode.
     """
     width, height = _decoded(data, source or name, limits).size
-    source = re.sub(r"(?<=://)[^/@\s]*@", "", source) if _is_url(source) else source
     return Attachment(
         data=data,
         sha256=content_hash(data),
         width=width,
         height=height,
-        name=_shown(name)[1:-1],
+        name=one_line(name),
         source=source.encode("utf-8", "backslashreplace").decode(),
     )
 
 
-def attachment_from_clipboard(limits: ImageLimits = DEFAULT_LIMITS) -> Attachment:
-    """The clipboard's picture as a PNG, or the first readable of its files. Raises ImageError."""
-    from PIL import Image, ImageGrab
+def attachment_from_picture(
+    picture: Image.Image, name: str, source: str, limits: ImageLimits = DEFAULT_LIMITS
+) -> Attachment:
+    """`picture`, which never was a file, as an attachment with the bytes of a PNG.
 
-    _quieten_pillow()
-    remote = "SSH_CONNECTION" in os.environ
-    hint = (
-        "Over SSH this is the clipboard of the remote machine: copy the picture there as a file "
-        "and paste its path instead."
-        if remote
-        else "Copy a picture first, or paste the path of a file."
-    )
-    try:
-        content = _in_time(ImageGrab.grabclipboard, limits.url_timeout_s)
-        if isinstance(content, Image.Image):
-            _check_size(content.size, "clipboard", limits)
-            buffer = io.BytesIO()
-            _rgb(content).save(buffer, "PNG", compress_level=1)
-            return attachment_from_bytes(buffer.getvalue(), "clipboard.png", "clipboard", limits)
-    except ImageError:
-        raise
-    except NotImplementedError as error:
-        install = "Install wl-clipboard (Wayland) or xclip (X11), or paste the path of a file."
-        raise ImageError(
-            "The clipboard cannot be read: no clipboard program was found.",
-            hint=hint if remote else install,
-        ) from error
-    except Exception as error:
-        raise ImageError(f"The clipboard cannot be read: {_reason(error)}.", hint=hint) from error
-    problem = ImageError("The clipboard holds no image.", hint=hint)
-    for path in content or ():
-        try:
-            return load_attachment(Path(path), limits)
-        except ImageError as error:
-            problem = error
-    raise problem
-
-
-def read_reference(reference: str, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
-    """The bytes of a local file or http(s) URL, at most `max_file_bytes`. Raises ImageError."""
-    return _read_url(reference, limits) if _is_url(reference) else _read_file(reference, limits)
-
-
-def _read_file(path: str, limits: ImageLimits) -> bytes:
-    name = _shown(path)
-    try:
-        _check_regular(os.stat(path), name)
-        # Should a FIFO take the file's place after the check, opening it must not block.
-        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-        with open(os.open(path, flags), "rb") as file:
-            status = os.fstat(file.fileno())
-            _check_regular(status, name)
-            _check_bytes(status.st_size, name, limits)
-            data = file.read(limits.max_file_bytes + 1)
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
-    _check_bytes(len(data), name, limits)
-    return data
-
-
-def _check_regular(status: os.stat_result, name: str) -> None:
-    if stat.S_ISDIR(status.st_mode):
-        raise ImageError(f"{name} is a folder.", hint="Give the path of one picture in it.")
-    if not stat.S_ISREG(status.st_mode):
-        raise ImageError(f"{name} is a device or pipe, not a file.", hint=_USE_A_PICTURE)
-
-
-def _check_bytes(num_bytes: int, name: str, limits: ImageLimits) -> None:
-    if num_bytes > limits.max_file_bytes:
-        limit = limits.max_file_bytes / 2**20
-        raise ImageError(
-            f"{name} is too large: more than {limit:.4g} MiB.",
-            hint="Save the picture smaller, for example as JPEG or WebP, or raise the limit.",
-        )
-
-
-def _unreadable(path: str, error: OSError | ValueError) -> ImageError:
-    name = _shown(path)
-    if isinstance(error, FileNotFoundError | NotADirectoryError):
-        import difflib
-
-        folder, base = os.path.split(path)
-        names: list[str] = []
-        with contextlib.suppress(OSError):
-            names = difflib.get_close_matches(base, os.listdir(folder or "."), n=1)
-        close = f"Did you mean {_shown(os.path.join(folder, names[0]))}?" if names else ""
-        return ImageError(
-            f"{name} does not exist.",
-            hint=close or "Check the path; a relative one starts where the program was started.",
-        )
-    if isinstance(error, PermissionError):
-        return ImageError(
-            f"{name} may not be read by this user.",
-            hint="Change the file's permissions or copy it to a folder of your own.",
-        )
-    if isinstance(error, ValueError):
-        return ImageError(
-            f"{name} cannot be a path: it contains a character that no file name can have.",
-            hint="Paste the path again, without control characters.",
-        )
-    reasons = {
-        errno.ENAMETOOLONG: "the name is too long",
-        errno.ELOOP: "its symbolic links lead in a circle",
-    }
-    reason = reasons.get(error.errno or 0, error.strerror or _reason(error))
-    return ImageError(f"{name} cannot be read: {reason}.", hint="Check the path.")
-
-
-def _reason(error: BaseException) -> str:
-    return _shown(str(error) or type(error).__name__, 160)[1:-1].rstrip(".")
-
-
-# Over the network
-
-
-def _in_time(work: Callable[[], T], seconds: float) -> T:
-    """`work()` on a thread of its own; TimeoutError after `seconds`, whatever it hangs on."""
-    from concurrent.futures import Future
-
-    outcome: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            outcome.set_result(work())
-        except BaseException as error:  # noqa: BLE001 - raised again on the caller's thread
-            outcome.set_exception(error)
-
-    threading.Thread(target=run, name="w2c-image", daemon=True).start()
-    return outcome.result(timeout=seconds)
-
-
-def _read_url(url: str, limits: ImageLimits) -> bytes:
-    import httpx2
-
-    clients: list[httpx2.Client] = []
-    name = _shown(url)
-    try:
-        return _in_time(lambda: _download(url, limits, clients), limits.url_timeout_s)
-    except ImageError:
-        raise
-    except (TimeoutError, httpx2.TimeoutException) as error:
-        raise ImageError(
-            f"{name} did not arrive within {limits.url_timeout_s:g} s.",
-            hint="Try again, or download the picture with a browser and give its path.",
-        ) from error
-    except socket.gaierror as error:
-        host = _shown(urlsplit(url).hostname or url)
-        raise ImageError(
-            f"{name} cannot be fetched: the host {host} was not found.",
-            hint="Check the address and the network connection.",
-        ) from error
-    # RuntimeError is httpx2's for its streams; ImportError is a SOCKS proxy without its package.
-    except (
-        httpx2.HTTPError,
-        httpx2.InvalidURL,
-        OSError,
-        ValueError,
-        RuntimeError,
-        ImportError,
-    ) as error:
-        raise ImageError(
-            f"{name} cannot be fetched: {_reason(error)}.",
-            hint="Check the address, or download the picture with a browser and give its path.",
-        ) from error
-    finally:
-        # Also ends a download that is still under way.
-        for client in clients:
-            client.close()
-
-
-def _download(url: str, limits: ImageLimits, clients: list[httpx2.Client]) -> bytes:
-    """Follows redirects by hand, because each hop's address is checked before it is used.
-
-    Every client that is opened is added to `clients`, for the caller to close.
+    Raises ImageError for one over the limits, and whatever Pillow raises for one that it has not
+    decoded yet.
     """
-    name = _shown(url)
-    for _ in range(limits.max_redirects + 1):
-        response = _answer(url, limits, clients)
-        if response.has_redirect_location:
-            url = urljoin(url, response.headers["location"])
-            continue
-        if response.status_code != 200:
-            status = f"{response.status_code} {response.reason_phrase}".strip()
-            raise ImageError(
-                f"{name} cannot be fetched: the server answered {_shown(status)[1:-1]}.",
-                hint="Check the address. A picture behind a log-in has to be saved from a browser.",
-            )
-        if response.headers.get("content-encoding", "identity") not in ("identity", "gzip"):
-            raise ImageError(
-                f"{name} came compressed in a way that was not asked for.",
-                hint="Download the picture with a browser and give its path.",
-            )
-        announced = response.headers.get("content-length", "")
-        _check_bytes(int(announced) if announced.isdecimal() else 0, name, limits)
-        data = bytearray()
-        for chunk in response.iter_bytes():
-            data += chunk
-            _check_bytes(len(data), name, limits)
-        return bytes(data)
-    raise ImageError(
-        f"{name} was redirected more than {limits.max_redirects} times.",
-        hint="Open the address in a browser and use the address of the picture itself.",
-    )
-
-
-def _answer(url: str, limits: ImageLimits, clients: list[httpx2.Client]) -> httpx2.Response:
-    """The response to one request, its body unread.
-
-    The connection goes to an address that was checked, so that a name cannot resolve differently
-    in between; the certificate is still checked against the name. A proxy resolves by itself.
-    """
-    from urllib.request import getproxies, proxy_bypass
-
-    import httpx2
-
-    target = httpx2.URL(url)
-    host = target.raw_host.decode("ascii")
-    if target.scheme not in ("http", "https") or not host:
-        raise ImageError(
-            f"{_shown(url)} is not an http or https address.",
-            hint="Download the picture and give its path.",
-        )
-    proxies = getproxies()
-    proxy = proxies.get(target.scheme) or proxies.get("all")
-    if proxy and proxy_bypass(host):
-        proxy = None
-    try:
-        addresses = _addresses(host, url, limits)
-    except socket.gaierror:
-        if not proxy:
-            raise
-        addresses = []
-    client = httpx2.Client(
-        verify=httpx2.create_ssl_context(),
-        proxy=proxy,
-        trust_env=False,
-        timeout=limits.url_timeout_s,
-    )
-    clients.append(client)
-    headers = {
-        "Host": target.netloc.decode("ascii"),
-        "Accept": "image/*",
-        "Accept-Encoding": "identity",
-        "User-Agent": "w2c-tui",
-    }
-    hops = [target] if proxy else [target.copy_with(host=address) for address in addresses]
-    for hop in hops:
-        request = client.build_request(
-            "GET", hop, headers=headers, extensions={"sni_hostname": host}
-        )
-        try:
-            return client.send(request, stream=True)
-        except httpx2.ConnectError:
-            if hop is hops[-1]:
-                raise
-    raise AssertionError("getaddrinfo returns at least one address or raises")
-
-
-def _addresses(host: str, url: str, limits: ImageLimits) -> list[str]:
-    import ipaddress
-
-    found = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)
-    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
-    for address in [] if limits.allow_private_hosts else addresses:
-        ip = ipaddress.ip_address(address.partition("%")[0])
-        if isinstance(ip, ipaddress.IPv6Address):
-            nat64 = ip in ipaddress.IPv6Network("64:ff9b::/96")
-            low = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if nat64 else None
-            ip = ip.ipv4_mapped or ip.sixtofour or low or ip
-        if not ip.is_global or ip.is_multicast:
-            raise ImageError(
-                f"{_shown(url)} leads to {address}, an address inside this machine or network.",
-                hint="Save the picture and give its path, or allow private hosts in the settings.",
-            )
-    return addresses
-
-
-# From bytes to a picture
+    _check_size(picture.size, quoted(source or name), limits)
+    buffer = io.BytesIO()
+    _rgb(picture).save(buffer, "PNG", compress_level=1)
+    return attachment_from_bytes(buffer.getvalue(), name, source, limits)
 
 
 def open_image(data: bytes | Attachment, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
@@ -503,11 +129,11 @@ def open_image(data: bytes | Attachment, limits: ImageLimits = DEFAULT_LIMITS) -
 def _decoded(data: bytes, name: str, limits: ImageLimits) -> Image.Image:
     from PIL import Image, UnidentifiedImageError
 
-    shown = _shown(name)
+    shown = quoted(name)
     if not data:
-        raise ImageError(f"{shown} is empty (0 bytes).", hint=_USE_A_PICTURE)
-    _check_bytes(len(data), shown, limits)
-    _quieten_pillow()
+        raise ImageError(f"{shown} is empty (0 bytes).", hint=USE_A_PICTURE)
+    check_bytes(len(data), shown, limits)
+    quieten_pillow()
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image.size, shown, limits)
@@ -528,12 +154,23 @@ def _decoded(data: bytes, name: str, limits: ImageLimits) -> Image.Image:
     # Damaged files make Pillow's decoders raise nearly anything.
     except Exception as error:
         raise ImageError(
-            f"{shown} is damaged or incomplete: {_reason(error)}.",
+            f"{shown} is damaged or incomplete: {reason_of(error)}.",
             hint="Save or download the picture again.",
         ) from error
 
 
-def _quieten_pillow() -> None:
+def check_bytes(num_bytes: int, name: str, limits: ImageLimits) -> None:
+    """Raises ImageError if there are more than `max_file_bytes`; `name` is safe to print."""
+    if num_bytes > limits.max_file_bytes:
+        limit = limits.max_file_bytes / 2**20
+        raise ImageError(
+            f"{name} is too large: more than {limit:.4g} MiB.",
+            hint="Save the picture smaller, for example as JPEG or WebP, or raise the limit.",
+        )
+
+
+def quieten_pillow() -> None:
+    """Keep what Pillow and its libraries say about bad pictures off the terminal."""
     # Not by catch_warnings, which is not safe with threads.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
@@ -659,9 +296,9 @@ _LOOKALIKES = (
     ),
     (rb"(?s).*<svg[\s>]", "is a vector drawing (SVG), not a picture of pixels", _SCREENSHOT),
     (rb"\x1f\x8b|PK\x03\x04", "is a compressed archive", "Unpack it first."),
-    (rb"(?s).{4}ftyp(hei|hev|mif|msf)", "is a HEIC photo, which is not supported", _USE_A_PICTURE),
-    (rb"\xff\x0a|\x00\x00\x00\x0cJXL ", "is JPEG XL, which is not supported", _USE_A_PICTURE),
-    (rb"8BPS", "is a Photoshop document", _USE_A_PICTURE),
+    (rb"(?s).{4}ftyp(hei|hev|mif|msf)", "is a HEIC photo, which is not supported", USE_A_PICTURE),
+    (rb"\xff\x0a|\x00\x00\x00\x0cJXL ", "is JPEG XL, which is not supported", USE_A_PICTURE),
+    (rb"8BPS", "is a Photoshop document", USE_A_PICTURE),
     (rb"(?s).{4}ftyp(?!avi)", "is a video", _SCREENSHOT),
     (
         rb"(?s)\x89PNG|\xff\xd8\xff|RIFF.{4}WEBP|GIF8|BM|II\*\0|MM\0\*|.{4}ftypavi",
@@ -675,16 +312,16 @@ def _unrecognised(data: bytes, name: str) -> ImageError:
     for pattern, what, hint in _LOOKALIKES:
         if re.match(pattern, data[:1024]):
             return ImageError(f"{name} {what}.", hint=hint)
-    return ImageError(f"{name} is not a picture that can be read.", hint=_USE_A_PICTURE)
+    return ImageError(f"{name} is not a picture that can be read.", hint=USE_A_PICTURE)
 
 
 # From a picture to the encoder's pixels
 
-Edge = Annotated[int, msgspec.Meta(ge=1, le=8192)]
-Spread = Annotated[float, msgspec.Meta(gt=0)]
-Byte = Annotated[int, msgspec.Meta(ge=0, le=255)]
+Edge = Annotated[int, Meta(ge=1, le=8192)]
+Spread = Annotated[float, Meta(gt=0)]
+Byte = Annotated[int, Meta(ge=0, le=255)]
+# In the order of Pillow's numbers, which preprocessor_config.json uses.
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
-RESAMPLES = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # as Pillow counts
 
 
 class ImageSpec(msgspec.Struct, frozen=True):
@@ -717,7 +354,7 @@ class ImageSpec(msgspec.Struct, frozen=True):
             return msgspec.convert(_spec_fields(config), cls)
         except (msgspec.ValidationError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
-                f"The image processor of this checkpoint cannot be used: {_reason(error)}.",
+                f"The image processor of this checkpoint cannot be used: {reason_of(error)}.",
                 hint="Check preprocessor_config.json in the checkpoint's folder.",
             ) from error
 
@@ -747,8 +384,9 @@ def _spec_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         crop = _square_edge(config.get("crop_size"), "crop_size")
     size = config.get("size")
     edges = {k: v for k, v in size.items() if v} if isinstance(size, Mapping) else {}
-    by_short_side = edges.keys() == {"shortest_edge"} or (not edges and crops)
-    edge = edges.get("shortest_edge") if by_short_side and edges else _square_edge(size, "size")
+    names_short_side = edges.keys() == {"shortest_edge"}
+    edge = edges["shortest_edge"] if names_short_side else _square_edge(size, "size")
+    by_short_side = names_short_side or (crops and not edges)
 
     fields: dict[str, Any] = {"size": edge, "aspect": "stretch"}
     if family == "Llava" and config.get("do_pad"):
@@ -769,7 +407,7 @@ def _spec_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     rescales = config.get("do_rescale", True)
     fields["rescale_factor"] = config.get("rescale_factor", 1 / 255) if rescales else 1.0
     number = resample if config.get("resample") is None else config["resample"]
-    fields["resample"] = dict(enumerate(RESAMPLES)).get(number, number)
+    fields["resample"] = dict(enumerate(get_args(Resample))).get(number, number)
     return fields
 
 
@@ -800,12 +438,15 @@ def prepare(image: Image.Image, spec: ImageSpec) -> Image.Image:
 
     image = image if image.mode == "RGB" else _rgb(image)
     resample = Resampling[spec.resample.upper()]
-    size = spec.size
-    if spec.aspect == "stretch":
-        return image.resize((size, size), resample)
     if spec.aspect == "pad":
         return _padded(image, spec, resample)
-    edge = spec.shortest_edge or size
+    if spec.aspect == "crop":
+        return _cropped(image, spec, resample)
+    return image.resize((spec.size, spec.size), resample)
+
+
+def _cropped(image: Image.Image, spec: ImageSpec, resample: Image.Resampling) -> Image.Image:
+    size, edge = spec.size, spec.shortest_edge or spec.size
     short, long = sorted(image.size)
     scaled_long = int(edge * long / short)
     if edge * scaled_long > DEFAULT_LIMITS.max_pixels:
@@ -865,5 +506,6 @@ def scale_of(image_size: tuple[int, int], spec: ImageSpec) -> float:
     A line of text h px high is about h * scale px high afterwards; below some 6 px it cannot be
     read by anyone.
     """
-    edge = min(image_size) if spec.aspect == "crop" else max(image_size)
-    return ((spec.shortest_edge or spec.size) if spec.aspect == "crop" else spec.size) / edge
+    if spec.aspect == "crop":
+        return (spec.shortest_edge or spec.size) / min(image_size)
+    return spec.size / max(image_size)

@@ -666,7 +666,7 @@ def _open_huggingface(
 
 
 def _known_config(folder: Path, raw: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
-    model_type = raw.get("model_type")
+    model_type = str(raw.get("model_type"))
     if model_type in transformers.CONFIG_MAPPING:
         fields = {key: value for key, value in raw.items() if key != "auto_map"}
         return transformers.CONFIG_MAPPING[model_type].from_dict(fields)
@@ -706,8 +706,10 @@ def _card_of(
     chat = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
     if not isinstance(config, LlavaConfig):
         return CheckpointCard(family=config.model_type, template="chat")
+    vision_config: Any = config.vision_config
+    text_config: Any = config.text_config
     image = None
-    if llava.is_known_tower(config.vision_config):
+    if llava.is_known_tower(vision_config):
         for name in ("preprocessor_config.json", "processor_config.json"):
             if (folder / name).is_file():
                 # What the spec cannot express is left to the folder's own processor.
@@ -715,7 +717,7 @@ def _card_of(
                     image = ImageSpec.from_processor_config(_read_json(folder / name))
                 break
     return CheckpointCard(
-        family=_llava_family(config.text_config.model_type),
+        family=_llava_family(text_config.model_type),
         template="chat" if chat else "v1",
         image=image,
     )
@@ -866,7 +868,7 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in names)
 
 
-def _load_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenizerFast:
+def _load_tokenizer(folder: Path, config: PreTrainedConfig) -> Any:
     if not _has_tokenizer(folder):
         raise CheckpointError(
             f"{folder} has no tokenizer (tokenizer.json or tokenizer.model).",
@@ -920,7 +922,7 @@ def _load_processor(folder: Path, trust_remote_code: bool) -> ProcessorMixin | N
         ) from error
 
 
-def _add_image_token(tokenizer: PreTrainedTokenizerFast) -> int:
+def _add_image_token(tokenizer: Any) -> int:
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
@@ -1006,7 +1008,7 @@ def _download(name: str, report: Report, trust_remote_code: bool) -> Path:
 
 def _progress_bar(report: Report) -> Any:
     """A tqdm class for huggingface_hub that shows nothing and reports bytes written."""
-    from tqdm.auto import tqdm
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     class Bar(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -1405,7 +1407,7 @@ def device_plan(
             infer_auto_device_map(
                 model,
                 max_memory=memory,
-                no_split_module_classes=list(whole),
+                no_split_module_classes=whole,
                 hf_quantizer=quantizer,
             )
         )

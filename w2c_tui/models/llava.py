@@ -225,7 +225,7 @@ def processor_for(
 
     It has no word for a `pad_color` other than the mean colour; this project reads the spec itself.
     """
-    shared = {
+    shared: dict[str, Any] = {
         "resample": Resampling[image.resample.upper()],
         "rescale_factor": image.rescale_factor,
         "image_mean": list(image.mean),
@@ -233,6 +233,8 @@ def processor_for(
         "do_convert_rgb": True,
     }
     square = {"height": image.size, "width": image.size}
+    vision_config: Any = config.vision_config
+    image_processor: Any
     if image.aspect == "stretch":
         image_processor = SiglipImageProcessorPil(size=square, **shared)
     elif image.aspect == "pad":
@@ -244,9 +246,9 @@ def processor_for(
     return LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
-        patch_size=config.vision_config.patch_size,
+        patch_size=vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=int(has_cls_token(config.vision_config)),
+        num_additional_image_tokens=int(has_cls_token(vision_config)),
         chat_template=tokenizer.chat_template,
         image_token=tokenizer.convert_ids_to_tokens(config.image_token_id),
     )

@@ -85,8 +85,12 @@ class PromptTokenizer:
             eos_token=self.tokenizer.eos_token or "",
         )
 
-    def encode(self, segments: Sequence[Segment]) -> list[Piece]:
-        """Token runs and image places, in order; neighbouring runs are joined."""
+    def encode(self, segments: Sequence[Segment], *, split_at_images: bool = True) -> list[Piece]:
+        """Token runs and image places, in order; neighbouring runs are joined.
+
+        `split_at_images`: what follows an image is tokenised as the start of a text, as LLaVA
+        does; processors of transformers, whose images are special tokens in one text, do not.
+        """
         pieces: list[Piece] = []
         ids: list[int] = []
         supervised: list[bool] = []
@@ -117,8 +121,7 @@ class PromptTokenizer:
                     pieces.append(Tokens(ids, supervised))
                     ids, supervised = [], []
                 pieces.append(ImageSlot(segment.image))
-                # LLaVA tokenises what follows an image as a text of its own.
-                at_start, strip_left = True, False
+                at_start, strip_left = split_at_images, False
                 continue
             if segment.kind == "eos":
                 ident, token = self.eos_id, None

@@ -256,7 +256,7 @@ class ChatScreen(Screen[None]):
 
     @work(thread=True, group="attach", exit_on_error=False)
     def _open_picture(self, reference: str) -> None:
-        from w2c_tui.core.image import load_attachment
+        from w2c_tui.core.reference import load_attachment
 
         try:
             image = load_attachment(reference, self.app.settings.images)
@@ -267,7 +267,7 @@ class ChatScreen(Screen[None]):
 
     @work(thread=True, group="attach", exit_on_error=False)
     def _open_clipboard(self) -> None:
-        from w2c_tui.core.image import attachment_from_clipboard
+        from w2c_tui.core.reference import attachment_from_clipboard
 
         try:
             image = attachment_from_clipboard(self.app.settings.images)

@@ -154,7 +154,8 @@ class PickPicture(ModalScreen[str | None]):
 
     @work(thread=True, exclusive=True, exit_on_error=False)
     def _preview(self, path: Path) -> None:
-        from w2c_tui.core.image import load_attachment, open_image
+        from w2c_tui.core.image import open_image
+        from w2c_tui.core.reference import load_attachment
 
         try:
             attachment = load_attachment(path)

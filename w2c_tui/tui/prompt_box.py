@@ -18,7 +18,7 @@ from textual.widgets import TextArea
 from textual.widgets.text_area import Selection
 
 from w2c_tui.core.errors import ImageError
-from w2c_tui.core.image import split_references
+from w2c_tui.core.reference import split_references
 
 _token = re.compile(r"\[Image #(\d+)\]")
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
