@@ -16,6 +16,7 @@ from tests.backends.contract import (
     user,
 )
 from w2c_tui.backends.hf import HFBackend, choose_dtype
+from w2c_tui.backends.kv_cache import GrowingLayer
 from w2c_tui.core.config import GenerationParams, LoadSpec
 from w2c_tui.core.conversation import Message
 from w2c_tui.core.errors import (
@@ -190,9 +191,7 @@ def test_automatic_dtype_is_one_this_machine_computes_in():
 
 
 def test_buffered_cache_grows_and_crops_without_losing_anything():
-    from w2c_tui.backends.hf import _GrowingLayer
-
-    layer = _GrowingLayer()
+    layer = GrowingLayer()
     torch.manual_seed(0)
     keys, values = torch.randn(2, 1, 2, 700, 4).unbind(0)
     for start in range(0, 600, 7):

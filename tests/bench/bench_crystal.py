@@ -31,9 +31,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 
-from w2c_tui.backends.hf import _GrowingLayer
 from w2c_tui.models.checkpoint import load_model
 from w2c_tui.models.crystal import CrystalCoderConfig, CrystalCoderForCausalLM, rotary_cos_sin
 
@@ -176,7 +175,7 @@ def speed(args) -> dict[str, float]:
             lambda: model(ids[:, :1024], use_cache=True, logits_to_keep=1),
             lambda: naive(ids[:, :1024]),
         )
-        cache = growing_cache(config)
+        cache = roomy_cache(config)
         model(ids[:, :1500], past_key_values=cache, use_cache=True, logits_to_keep=1)
         past = naive(ids[:, :1500])[1]
 
@@ -208,10 +207,10 @@ def attention(config, model, naive, compare, runs: int) -> None:
     compare(
         "prefill",
         runs * 4,
-        lambda: run(0, 1024, growing_cache(config)),
+        lambda: run(0, 1024, roomy_cache(config)),
         lambda: naive_run(0, 1024, None),
     )
-    cache = growing_cache(config)
+    cache = roomy_cache(config)
     run(0, 1500, cache)
     past = naive_run(0, 1500, None)[1]
     torch.testing.assert_close(
@@ -226,16 +225,34 @@ def attention(config, model, naive, compare, runs: int) -> None:
     compare("decode", runs * 16, step, lambda: naive_run(1500, 1501, past))
 
 
-def growing_cache(config: CrystalCoderConfig) -> Cache:
-    """The cache that the application decodes with."""
-    return Cache(layers=[_GrowingLayer() for _ in range(config.n_layer)])
+class RoomyLayer(DynamicLayer):
+    """Keys and values as views of a buffer, as the application keeps them while it decodes."""
+
+    buffers: list[torch.Tensor] = []  # noqa: RUF012
+    length = 0
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.buffers:
+            shape = (*key_states.shape[:2], 2048, key_states.shape[-1])
+            self.buffers = [key_states.new_empty(shape) for _ in range(2)]
+        end = self.length + key_states.shape[2]
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, self.length : end] = states
+        self.length = end
+        return tuple(buffer[:, :, :end] for buffer in self.buffers)
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+
+def roomy_cache(config: CrystalCoderConfig) -> Cache:
+    return Cache(layers=[RoomyLayer() for _ in range(config.n_layer)])
 
 
 def forget(cache: Cache) -> None:
     """Take the last step back."""
     for layer in cache.layers:
-        if layer.get_seq_length() > 1500:
-            layer.crop_to(1500)
+        layer.length = min(layer.length, 1500)
 
 
 # --- Loading --------------------------------------------------------------------------------------

@@ -743,7 +743,7 @@ HOSTILE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("text", HOSTILE, ids=[ascii(text)[:20] for text in HOSTILE])
 def test_no_search_text_is_a_syntax_error(store: Store, text: str) -> None:
     session = store.create_session()
     store.add_message(session.id, user("plain a b text"))

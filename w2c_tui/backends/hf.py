@@ -21,16 +21,7 @@ from typing import Any
 import msgspec
 import psutil
 import torch
-from transformers import (
-    Cache,
-    DynamicCache,
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, DynamicCache
 
 from w2c_tui.backends import cpu
 from w2c_tui.backends.base import (
@@ -44,6 +35,8 @@ from w2c_tui.backends.base import (
     Text,
     Trimmed,
 )
+from w2c_tui.backends.kv_cache import GrowingLayer, growing_cache
+from w2c_tui.backends.sampling import PromptLookup, TokenPicker
 from w2c_tui.backends.turn import AnswerText, fit_context
 from w2c_tui.core.catalog import find
 from w2c_tui.core.config import GenerationParams, LoadSpec, checked, paths
@@ -271,7 +264,7 @@ class HFBackend:
             if kind == -1:
                 stands_as.append(count)
             elif kind in self._tokenizer.special_ids:
-                token = self._loaded.tokenizer.convert_ids_to_tokens(kind)
+                token = str(self._loaded.tokenizer.convert_ids_to_tokens(kind))
                 stands_as += [Segment("token", token)] * count
             else:
                 stands_as += [Segment("text", self._tokenizer.decode([kind]))] * count
@@ -308,8 +301,7 @@ class HFBackend:
         self._units: list[Unit] = []
         self._cache: Cache
         if self._incremental:
-            count = self._text_config.num_hidden_layers
-            self._cache = Cache(layers=[_GrowingLayer() for _ in range(count)])
+            self._cache = growing_cache(self._text_config.num_hidden_layers)
         else:
             self._cache = DynamicCache(config=self._text_config)
 
@@ -318,8 +310,8 @@ class HFBackend:
             layer.crop_to(length)
         del self._units[length:]
 
-    def _growing_layers(self) -> list[_GrowingLayer]:
-        return [layer for layer in self._cache.layers if isinstance(layer, _GrowingLayer)]
+    def _growing_layers(self) -> list[GrowingLayer]:
+        return [layer for layer in self._cache.layers if isinstance(layer, GrowingLayer)]
 
     def _settle(self) -> None:
         """Bring cache and units to one length after a forward pass was left half-way."""
@@ -487,7 +479,7 @@ class HFBackend:
                     reused, logits_pending = step.done, False
                 yield step
             assert logits is not None
-            pick = _Picker(params, seed, ids, logits.device)
+            pick = TokenPicker(params, seed, ids, logits.device)
             for token in self._tokens(logits, pick, params.prompt_lookup, limit, new_ids):
                 if not first_token_s:
                     first_token_s = time.perf_counter() - began
@@ -529,13 +521,13 @@ class HFBackend:
     def _tokens(
         self,
         logits: torch.Tensor,
-        pick: _Picker,
+        pick: TokenPicker,
         draft_length: int,
         limit: int,
         new_ids: list[int],
     ) -> Iterator[int]:
         """Token ids one after another; `new_ids` is what the reader has taken so far."""
-        lookup = _PromptLookup(pick.ids) if draft_length and self._incremental else None
+        lookup = PromptLookup(pick.ids) if draft_length and self._incremental else None
         token = pick(logits)
         while True:
             yield token
@@ -560,108 +552,6 @@ class HFBackend:
                 kept += 1
                 yield token
             self._crop(kept)
-
-
-class _Picker:
-    """Chooses the next token from a row of logits and remembers what was chosen."""
-
-    def __init__(
-        self, params: GenerationParams, seed: int, prompt: Sequence[int], device: torch.device
-    ) -> None:
-        self.ids = list(prompt)
-        self._greedy = params.temperature == 0
-        self._generator = torch.Generator(device).manual_seed(seed)
-        self._processors = LogitsProcessorList()
-        self._needs_ids = params.repetition_penalty != 1.0
-        if self._needs_ids:
-            penalty = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)
-            self._processors.append(penalty)
-        if not self._greedy:
-            self._processors.append(TemperatureLogitsWarper(params.temperature))
-            if params.top_k:
-                self._processors.append(TopKLogitsWarper(params.top_k))
-            if params.top_p < 1:
-                self._processors.append(TopPLogitsWarper(params.top_p))
-
-    def __call__(self, logits: torch.Tensor) -> int:
-        if self._processors:
-            ids: Any = torch.tensor([self.ids] if self._needs_ids else [[]], device=logits.device)
-            scores: Any = logits[None].float()
-            logits = self._processors(ids.long(), scores)[0]
-        if self._greedy:
-            token = int(logits.argmax())
-        else:
-            probabilities = torch.softmax(logits, dim=-1)
-            token = int(torch.multinomial(probabilities, 1, generator=self._generator))
-        self.ids.append(token)
-        return token
-
-
-class _PromptLookup:
-    """Drafts what followed the last time the newest tokens stood in the text (n-grams of 3)."""
-
-    _N = 3
-
-    def __init__(self, ids: Sequence[int]) -> None:
-        self._after: dict[tuple[int, ...], int] = {}
-        self._seen = 0
-        self._index(ids)
-
-    def _index(self, ids: Sequence[int]) -> None:
-        # The newest n-gram is not its own earlier occurrence.
-        for end in range(max(self._seen, self._N), len(ids)):
-            self._after[tuple(ids[end - self._N : end])] = end
-        self._seen = len(ids)
-
-    def draft(self, ids: Sequence[int], length: int) -> list[int]:
-        """At most `length` ids that may come next; none if there is nothing to go by."""
-        self._index(ids)
-        at = self._after.get(tuple(ids[-self._N :]))
-        return list(ids[at : at + max(length, 0)]) if at is not None else []
-
-
-class _GrowingLayer(DynamicLayer):
-    """Keys and values in a buffer with room to grow, so that a step copies only its own token.
-
-    Shapes as in `DynamicLayer`: (batch, num_heads, length, head_dim).
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._length = 0
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self._buffers: list[torch.Tensor] = []
-        self.is_initialized = True
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start, end = self._length, self._length + key_states.shape[-2]
-        if not self._buffers or end > self._buffers[0].shape[-2]:
-            room = -(-(end + end // 4) // 256) * 256
-            grown = [
-                states.new_empty(*states.shape[:-2], room, states.shape[-1])
-                for states in (key_states, value_states)
-            ]
-            for new, old in zip(grown, self._buffers, strict=False):
-                new[..., :start, :] = old[..., :start, :]
-            self._buffers = grown
-        self._buffers[0][..., start:end, :] = key_states
-        self._buffers[1][..., start:end, :] = value_states
-        self._length = end
-        self.keys, self.values = (buffer[..., :end, :] for buffer in self._buffers)
-        return self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        return self._length
-
-    def crop_to(self, length: int) -> None:
-        """Forget everything from position `length` on."""
-        self._length = min(self._length, length)
 
 
 def choose_dtype(name: str) -> torch.dtype:

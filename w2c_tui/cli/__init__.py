@@ -53,10 +53,12 @@ class LazyGroup(click.Group):
 
             close = difflib.get_close_matches(args[0], COMMANDS, n=1)
             if close:
-                error.message += f" Did you mean {close[0]}?"
+                hint = f" Did you mean {close[0]}?"
             elif os.path.exists(args[0]):
-                error.message += f" To turn a screenshot into a page: w2c generate {args[0]}"
-            raise
+                hint = f" To turn a screenshot into a page: w2c generate {args[0]}"
+            else:
+                raise
+            raise click.UsageError(error.message + hint, ctx) from error
 
 
 @click.group(

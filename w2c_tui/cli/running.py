@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-import click
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -28,6 +28,7 @@ from rich.progress import (
 from w2c_tui.backends.base import ModelInfo
 from w2c_tui.core.config import Settings, paths
 from w2c_tui.core.conversation import Attachment
+from w2c_tui.core.printable import printable
 from w2c_tui.core.reference import load_attachment
 from w2c_tui.engine.client import EngineClient
 
@@ -45,7 +46,11 @@ def load_model(engine: EngineClient, settings: Settings) -> ModelInfo:
     """Load the model of `settings`, with progress; says what was loaded."""
     with loading_progress() as report:
         info = engine.load(settings.model, report)
-    console.print(f"[bold]{info.name}[/] {describe(info)}, loaded in {info.load_time_s:.1f} s")
+    console.print(
+        f"[bold]{escape(printable(info.name))}[/] {describe(info)}, "
+        f"loaded in {info.load_time_s:.1f} s",
+        soft_wrap=True,
+    )
     return info
 
 
@@ -163,6 +168,5 @@ class Rate:
 def write_result(text: str) -> None:
     """To standard output as UTF-8, whatever the locale says."""
     sys.stdout.flush()
-    stream = click.get_binary_stream("stdout")
-    stream.write(text.encode("utf-8"))
-    stream.flush()
+    sys.stdout.buffer.write(text.encode("utf-8"))
+    sys.stdout.buffer.flush()

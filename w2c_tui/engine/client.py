@@ -15,9 +15,9 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from w2c_tui.backends.base import Event, ModelInfo, Report
 from w2c_tui.core.config import GenerationParams, LoadSpec, checked
@@ -103,7 +103,7 @@ class EngineClient:
                 return reply
         raise AssertionError("an exchange ends with Done or an error")
 
-    def _exchange(self, make: Callable[[int], wire.Request]) -> Iterator[wire.Reply]:
+    def _exchange(self, make: Callable[[int], wire.Request]) -> Generator[wire.Reply, None, None]:
         with self._turn:
             process = self._started()
             number = self._current = next(self._numbers)
@@ -169,8 +169,9 @@ class _Process:
         self._log = _open_log(log_path)
         # -P: the current folder is not searched for modules, as it may hold anything.
         command = [sys.executable, "-P", "-m", "w2c_tui.engine.child"]
-        apart = (
-            {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+        # Apart from the terminal's group, so that Ctrl-C reaches the front end alone.
+        own_group: dict[str, Any] = (
+            {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
             if sys.platform == "win32"
             else {"start_new_session": True}
         )
@@ -182,7 +183,7 @@ class _Process:
                 stderr=self._log,
                 # Threads that wait by spinning make a busy machine many times slower.
                 env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUNBUFFERED": "1"},
-                **apart,  # type: ignore[arg-type]
+                **own_group,
             )
         except OSError as error:
             self._log.close()

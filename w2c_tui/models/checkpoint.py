@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -426,7 +427,7 @@ def _split(tensor: StoredTensor, parts: int) -> list[StoredTensor]:
 
     shape = (rows, *tensor.shape[1:])
     return [
-        dataclasses.replace(tensor, shape=shape, read=lambda at=at: part(at), borrow=None)
+        dataclasses.replace(tensor, shape=shape, read=functools.partial(part, at), borrow=None)
         for at in range(parts)
     ]
 
@@ -1278,7 +1279,7 @@ def _reporting(tensors: Mapping[str, StoredTensor], report: Report) -> dict[str,
         return value
 
     return {
-        name: dataclasses.replace(tensor, read=lambda tensor=tensor: watched(tensor), borrow=None)
+        name: dataclasses.replace(tensor, read=functools.partial(watched, tensor), borrow=None)
         for name, tensor in tensors.items()
     }
 
@@ -1320,7 +1321,7 @@ def _padded_for_4bit(checkpoint: Checkpoint) -> Checkpoint:
             shape = tuple(width if at == axis else n for at, n in enumerate(tensor.shape))
             padding = (0, width - inner) if axis else (*(0, 0) * (len(shape) - 1), 0, width - inner)
             tensors[name] = tensor.changed(
-                shape, lambda weight, padding=padding: torch.nn.functional.pad(weight, padding)
+                shape, functools.partial(torch.nn.functional.pad, pad=padding)
             )
     return dataclasses.replace(checkpoint, config=config, tensors=tensors)
 
@@ -1482,7 +1483,7 @@ def _write_beside(checkpoint: Checkpoint, folder: Path) -> None:
     if not tokenizer.chat_template and card.template in TEMPLATES:
         tokenizer.chat_template = as_jinja(TEMPLATES[card.template])
     processor = checkpoint.processor
-    if processor is None and card.image is not None:
+    if processor is None and card.image is not None and isinstance(config, LlavaConfig):
         processor = llava.processor_for(config, tokenizer, card.image)
     (processor or tokenizer).save_pretrained(folder)
     for name in ("generation_config.json",):

@@ -13,6 +13,7 @@ scales are those of arXiv 2203.03466.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -131,13 +132,12 @@ def rotary_cos_sin(
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def apply_interleaved_rotary(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotary_dim: int
-) -> torch.Tensor:
+def apply_interleaved_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the pairs (2i, 2i+1) of the first `rotary_dim` dimensions, as GPT-J does.
 
     x: (batch, heads, seq, head_dim); cos, sin: (batch, 1, seq, rotary_dim / 2).
     """
+    rotary_dim = 2 * cos.shape[-1]
     rotated, passed = x[..., :rotary_dim], x[..., rotary_dim:]
     even, odd = rotated[..., 0::2], rotated[..., 1::2]
     pairs = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
@@ -223,8 +223,8 @@ class CrystalCoderAttention(nn.Module):
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
 
         cos, sin = position_embeddings
-        query = apply_interleaved_rotary(query, cos, sin, self.config.rotary_dim)
-        key = apply_interleaved_rotary(key, cos, sin, self.config.rotary_dim)
+        query = apply_interleaved_rotary(query, cos, sin)
+        key = apply_interleaved_rotary(key, cos, sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
@@ -341,7 +341,7 @@ class CrystalCoderModel(CrystalCoderPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of the last block, normed and scaled for the head.
 
@@ -375,9 +375,9 @@ class CrystalCoderModel(CrystalCoderPreTrainedModel):
             position_ids=position_ids,
         )
         hidden_states = self.embed_dropout(inputs_embeds * self.config.mup_embeddings_scale)
-        position_embeddings = rotary_cos_sin(
-            position_ids, self.config.rotary_dim, hidden_states.dtype
-        )
+        rotary_dim = self.config.rotary_dim
+        assert rotary_dim is not None
+        position_embeddings = rotary_cos_sin(position_ids, rotary_dim, hidden_states.dtype)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
@@ -414,7 +414,7 @@ class CrystalCoderForCausalLM(CrystalCoderPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (batch, seq, vocab_size) of the last `logits_to_keep` positions (0: of all)."""
         outputs: BaseModelOutputWithPast = self.model(
