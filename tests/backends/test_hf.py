@@ -170,6 +170,14 @@ def test_a_failed_load_leaves_no_model_and_another_load_works(tiny_llama, tmp_pa
     assert text_of(events(backend, [user("Write")]))
 
 
+def test_a_conversation_of_more_images_than_are_kept(llava):
+    images = [picture(f"#{at * 12:02x}4080") for at in range(20)]
+    messages = [user("many", *images)]
+    first = text_of(events(llava, messages))
+    events(llava, [user("one", picture("red"))])
+    assert text_of(events(llava, messages)) == first
+
+
 def test_context_can_be_capped(tiny_llama):
     backend = load(tiny_llama, context=64)
     found = events(backend, [user("Write")], GenerationParams(temperature=0, max_new_tokens=500))

@@ -107,6 +107,29 @@ def save(model, processor, folder):
     return folder
 
 
+def test_sliding_window_attention_equals_generate_far_past_the_window(tmp_path):
+    """The kept context holds every position; only the mask knows the window."""
+    tokenizer = byte_level_tokenizer()
+    config = transformers.MistralConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=16, eos_token_id=2,
+    )  # fmt: skip
+    model = transformers.MistralForCausalLM(config)
+    folder = save(model, tokenizer, tmp_path / "mistral")
+    backend = load(folder)
+    assert backend._incremental
+    messages = [user("Write a page with many words and prices in it")]
+    for _ in range(2):
+        ours = text_of(events(backend, messages))
+        _, ids = backend._encode(messages)
+        inputs = torch.tensor([ids])
+        output = model.eval().generate(
+            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=24, do_sample=False
+        )
+        assert ours == backend._tokenizer.decode(output[0, len(ids) :].tolist())
+        messages += [Message("assistant", ours), user("and more")]
+
+
 FAMILIES = {"idefics3": (save_idefics3, True), "gemma3": (save_gemma3, False)}
 
 

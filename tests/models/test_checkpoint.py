@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import http.server
 import json
 import os
 import pickle
 import shutil
+import threading
+import urllib.parse
 from pathlib import Path
 
 import pytest
@@ -32,7 +36,7 @@ from w2c_tui.core.errors import (
     UnsafeCheckpointError,
 )
 from w2c_tui.core.image import ImageSpec
-from w2c_tui.models import checkpoint
+from w2c_tui.models import checkpoint, weights
 from w2c_tui.models.checkpoint import (
     CheckpointCard,
     convert,
@@ -707,7 +711,7 @@ def test_an_old_pickle_without_zip_is_read(tmp_path):
 def test_tensors_that_share_a_storage_or_lie_crosswise_are_read(tmp_path):
     whole = torch.arange(24.0).reshape(4, 6)
     torch.save({"part": whole[1:3, 2:5], "crosswise": whole.t()}, tmp_path / "pytorch_model.bin")
-    stored = checkpoint.stored_tensors(tmp_path)
+    stored = weights.stored_tensors(tmp_path)
     assert torch.equal(stored["part"][...], whole[1:3, 2:5])
     assert torch.equal(stored["crosswise"][...], whole.t())
     assert stored["crosswise"][...].is_contiguous()
@@ -861,3 +865,80 @@ def test_a_hub_that_cannot_be_reached_says_so(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(DownloadError, match="cannot be reached"):
         load_model("LLM360/CrystalChat-7B-Web2Code")
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A model hub on this machine that offers the folders put into it as owner/name."""
+    root = tmp_path / "served"
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_HEAD(self):
+            self.do_GET()
+
+        def do_GET(self):
+            path = urllib.parse.urlparse(self.path).path.strip("/")
+            parts = path.removeprefix("api/models/").split("/")
+            folder = root / parts[0] / parts[1]
+            if not folder.is_dir():
+                return self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+            if not path.startswith("api/"):
+                content = (folder / "/".join(parts[4:])).read_bytes()
+                tag = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": "a" * 40}
+                return self.answer(200, content, tag)
+            if "tree" in parts:
+                files = [
+                    {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0"}
+                    for file in folder.iterdir()
+                ]
+                return self.answer(200, json.dumps(files).encode(), {})
+            files = [{"rfilename": file.name} for file in folder.iterdir()]
+            info = {"id": "/".join(parts[:2]), "sha": "a" * 40, "siblings": files}
+            return self.answer(200, json.dumps(info).encode(), {})
+
+        def answer(self, status, content, headers):
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": len(content)}.items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    yield root
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_hub_name_is_downloaded_once_without_what_is_not_needed(hub, monkeypatch):
+    tensors = write_crystal(hub / "someone" / "model", form="bin")
+    tiny.write_safetensors(hub / "someone" / "model", tensors)
+    (hub / "someone" / "model" / "evil.py").write_text("raise SystemExit('ran')")
+    steps = []
+    loaded = load_model("someone/model", report=lambda *step: steps.append(step))
+    assert_holds(loaded.model, tiny.llava_state_dict(tensors))
+    assert loaded.source_label == "someone/model"
+    downloads = [(done, total) for phase, done, total in steps if phase == "Downloading"]
+    assert downloads[-1][0] == downloads[-1][1] > 10**6
+    folder = open_checkpoint("someone/model").folder
+    names = {path.name for path in folder.iterdir()}
+    assert "model.safetensors" in names
+    assert not {"pytorch_model.bin", "evil.py"} & names
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert_holds(load_model("someone/model").model, tiny.llava_state_dict(tensors))
+
+
+def test_a_hub_name_that_does_not_exist_says_so(hub):
+    with pytest.raises(ModelNotFoundError, match="no public model of that name"):
+        load_model("someone/nothing")

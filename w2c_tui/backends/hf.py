@@ -9,6 +9,7 @@ computed afresh by the model's own preparation. Knows nothing about processes or
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import sys
@@ -68,6 +69,7 @@ _SPLICED = {"llava", "idefics3", "smolvlm", "internvl", "mistral3", "aya_vision"
 _TYPE_IDS = ("token_type_ids", "mm_token_type_ids")
 _CHUNK_TARGET_S = 0.15
 _MAX_CACHED_IMAGES = 16
+_DEFAULT_THREADS = torch.get_num_threads()
 
 
 class _Cancelled(Exception):
@@ -108,43 +110,48 @@ class HFBackend:
         """See `Backend.load`. `spec.name` is a folder, a `.gguf` text model or a hub name."""
         started = time.perf_counter()
         self.close()
-        if spec.threads:
-            torch.set_num_threads(spec.threads)
+        torch.set_num_threads(spec.threads or _DEFAULT_THREADS)
+        try:
+            with _library_errors():
+                return self._load(spec, report, started)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, spec: LoadSpec, report: Report, started: float) -> ModelInfo:
         dtype = choose_dtype(spec.dtype)
-        with _library_errors():
-            loaded = load_model(
-                locate(spec.name, paths().models, report),
-                dtype=dtype,
-                device_map=spec.device_map,
-                max_memory=_memory_limits(spec.max_memory),
-                offload_folder=spec.offload_folder,
-                quantization=spec.quantization,
-                attn=spec.attn,
-                trust_remote_code=spec.trust_remote_code,
-                report=report,
-                cache_dir=paths().models,
-            )
-            model = loaded.model
-            self._model: Any = model
-            num_parameters = model.num_parameters()
-            self._text_config = model.config.get_text_config()
-            self._reads_images = loaded.image_spec is not None or loaded.processor is not None
-            image_token = _image_token(loaded) if self._reads_images else None
-            self._tokenizer = PromptTokenizer(loaded.tokenizer, image_token)
-            self._template = self._pick_template(loaded, image_token)
-            self._context_length = loaded.context_length
-            if spec.context:
-                self._context_length = min(spec.context, loaded.context_length)
-            self._eos_ids = _eos_ids(model, self._tokenizer)
-            self._incremental = _is_incremental(model, self._reads_images)
-            self._images: OrderedDict[str, _EncodedImage] = OrderedDict()
-            self._reset_context()
-            devices = {str(d) for d in getattr(model, "hf_device_map", {"": model.device}).values()}
-            if devices == {"cpu"}:
-                cpu.prepare(model, report)
-            for layer in _layers(model):
-                layer.register_forward_pre_hook(self._check_cancelled)
-        self._loaded = loaded
+        loaded = self._loaded = load_model(
+            locate(spec.name, paths().models, report),
+            dtype=dtype,
+            device_map=spec.device_map,
+            max_memory=_memory_limits(spec.max_memory),
+            offload_folder=spec.offload_folder,
+            quantization=spec.quantization,
+            attn=spec.attn,
+            trust_remote_code=spec.trust_remote_code,
+            report=report,
+            cache_dir=paths().models,
+        )
+        model = loaded.model
+        num_parameters = model.num_parameters()
+        self._model: Any = model
+        self._text_config = model.config.get_text_config()
+        self._reads_images = loaded.image_spec is not None or loaded.processor is not None
+        image_token = _image_token(loaded) if self._reads_images else None
+        self._tokenizer = PromptTokenizer(loaded.tokenizer, image_token)
+        self._template = self._pick_template(loaded, image_token)
+        self._context_length = loaded.context_length
+        if spec.context:
+            self._context_length = min(spec.context, loaded.context_length)
+        self._eos_ids = _eos_ids(model, self._tokenizer)
+        self._incremental = _is_incremental(model, self._reads_images)
+        self._images: OrderedDict[str, _EncodedImage] = OrderedDict()
+        self._reset_context()
+        devices = {str(d) for d in getattr(model, "hf_device_map", {"": model.device}).values()}
+        if devices == {"cpu"}:
+            cpu.prepare(model, report)
+        for layer in _layers(model):
+            layer.register_forward_pre_hook(self._check_cancelled)
         return ModelInfo(
             name=_display_name(spec.name),
             backend="hf",
@@ -166,9 +173,8 @@ class HFBackend:
         if self._loaded is None:
             return
         self._loaded = None
-        del self._model, self._cache, self._images
-        import gc
-
+        for name in ("_model", "_cache", "_images"):
+            self.__dict__.pop(name, None)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -230,8 +236,6 @@ class HFBackend:
         if found is None:
             found = self._prepare_image(attachment)
             self._images[attachment.sha256] = found
-            while len(self._images) > _MAX_CACHED_IMAGES:
-                self._images.popitem(last=False)
         self._images.move_to_end(attachment.sha256)
         return found
 
@@ -270,6 +274,7 @@ class HFBackend:
                 stands_as += [Segment("text", self._tokenizer.decode([kind]))] * count
         return _EncodedImage(attachment.sha256, stands_as, inputs)
 
+    @torch.inference_mode()
     def _features(self, encoded: _EncodedImage) -> torch.Tensor:
         """(num_features, hidden): what stands in the context in place of the image."""
         if encoded.features is None:
@@ -325,6 +330,7 @@ class HFBackend:
         if self._cancelled():
             raise _Cancelled
 
+    @torch.inference_mode()
     def _run(self, units: Sequence[Unit], keep: int) -> torch.Tensor:
         """Compute `units` after what is in the cache; the last `keep` rows of logits (keep, V)."""
         device = self._model.device
@@ -412,6 +418,7 @@ class HFBackend:
         yield Prefill(len(ids), len(ids))
         yield logits
 
+    @torch.inference_mode()
     def _step_whole(self, first: bool = False) -> torch.Tensor:
         inputs = self._model.prepare_inputs_for_generation(
             self._whole_ids,
@@ -436,7 +443,7 @@ class HFBackend:
         params = checked(params)
         self._cancelled = cancelled
         try:
-            with _library_errors(), torch.inference_mode():
+            with _library_errors():
                 yield from self._stream(messages, params)
         finally:
             self._cancelled = _never
@@ -456,28 +463,28 @@ class HFBackend:
         if dropped:
             yield Trimmed(dropped, self._context_length)
         units, ids = self._encode(messages)
-        answer = AnswerText(self._template.answer_lead, params.stop)
-        if messages[-1].role == "assistant":
-            answer = AnswerText("", params.stop)
+        in_use = {image.sha256 for image in image_list(messages)}
+        while len(self._images) > max(_MAX_CACHED_IMAGES, len(in_use)):
+            self._images.popitem(last=False)
+        goes_on = messages[-1].role == "assistant"
+        answer = AnswerText("" if goes_on else self._template.answer_lead, params.stop)
         text = TextStream(self._tokenizer, ids)
-        reused = 0
+        reused: int | None = None
         first_token_s = 0.0
         new_ids: list[int] = []
         reason: FinishReason = "length"
         limit = min(params.max_new_tokens, self._context_length - len(units))
         try:
             logits: torch.Tensor | None = None
-            logits_pending = True
             prefill = (
                 self._prefill(units) if self._incremental else self._prefill_whole(messages, ids)
             )
             for step in prefill:
                 if isinstance(step, torch.Tensor):
                     logits = step
-                    continue
-                if logits_pending:
-                    reused, logits_pending = step.done, False
-                yield step
+                else:
+                    reused = step.done if reused is None else reused
+                    yield step
             assert logits is not None
             pick = TokenPicker(params, seed, ids, logits.device)
             for token in self._tokens(logits, pick, params.prompt_lookup, limit, new_ids):
@@ -506,7 +513,7 @@ class HFBackend:
             reason,
             Stats(
                 prompt_tokens=len(units),
-                reused_tokens=reused,
+                reused_tokens=reused or 0,
                 new_tokens=len(new_ids),
                 time_to_first_token_s=first_token_s or total,
                 tokens_per_s=(len(new_ids) - 1) / decode_s if len(new_ids) > 1 else 0.0,

@@ -41,6 +41,7 @@ class TokenPicker:
             if params.top_p < 1:
                 self._processors.append(TopPLogitsWarper(params.top_p))
 
+    @torch.inference_mode()
     def __call__(self, logits: torch.Tensor) -> int:
         if self._processors:
             ids: Any = torch.tensor([self.ids] if self._needs_ids else [[]], device=logits.device)

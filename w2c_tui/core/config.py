@@ -118,7 +118,7 @@ class InterfaceSettings(
     ] = None
     keys: Annotated[
         dict[str, str],
-        Meta(description="Other keys for commands, as in: keys = {send = \"ctrl+s\"}."),
+        Meta(description='Other keys for commands, as in: keys = {send = "ctrl+s"}.'),
     ] = {}
 
 

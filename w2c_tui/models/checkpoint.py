@@ -1,18 +1,18 @@
-"""Reading, checking and writing model folders.
+"""Model folders: what one is, loading it, and writing the standard one.
 
-Owns what is known of checkpoint layouts: which tensors a file holds, what the model calls them,
-and that every one of them is accounted for before a byte of weights is read. Three layouts are
-read: Hugging Face folders of any model that transformers supports, LLaVA folders (`mm_projector`,
-`vision_tower.vision_tower`) over CrystalCoder or Llama, and CrystalCoder as published (GPT-2 names,
-fused Conv1D). GGUF files of text models are converted once and then read as folders.
+Owns what is known of checkpoint layouts: what the model calls each tensor of a file, and that every
+one is accounted for before a byte of weights is read. Three layouts are read: Hugging Face folders
+of any model that transformers supports, LLaVA folders (`mm_projector`, `vision_tower.vision_tower`)
+over CrystalCoder or Llama, and CrystalCoder as published (GPT-2 names, fused Conv1D). GGUF files of
+text models are converted once and then read as folders.
 
 Tensors are handed to transformers' own loader one by one as it asks for them, so placement,
 quantisation and offload are its work, and no more than the tensor at hand is held twice. What a
 folder is, is read from its `config.json`, never from its path. Code that comes with a model runs
-only if the caller says so; pickles are only read by torch's weights-only loader.
+only if the caller says so.
 
-Knows nothing about prompts, pixels or the terminal. Formats: safetensors header
-(huggingface/safetensors README), LLaVA (haotian-liu/LLaVA), CrystalCoder (LLM360/CrystalChat).
+Knows nothing about prompts, pixels or the terminal. Layouts: haotian-liu/LLaVA and
+LLM360/CrystalChat.
 """
 
 from __future__ import annotations
@@ -24,14 +24,11 @@ import functools
 import hashlib
 import json
 import logging
-import math
 import os
-import pickle
 import re
 import shutil
 import tempfile
 import threading
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -61,7 +58,6 @@ from transformers import (
 import w2c_tui
 from w2c_tui.core.errors import (
     CheckpointError,
-    DownloadError,
     MissingPackageError,
     ModelNotFoundError,
     OutOfMemoryError,
@@ -70,6 +66,19 @@ from w2c_tui.core.errors import (
 )
 from w2c_tui.core.image import ImageSpec
 from w2c_tui.models import crystal, llava
+from w2c_tui.models.hub import download
+from w2c_tui.models.weights import (
+    StoredTensor,
+    brief,
+    forget_scratch,
+    linear,
+    listed,
+    read_bin,
+    read_json,
+    split_rows,
+    stored_tensors,
+    with_rows,
+)
 
 crystal.register()
 
@@ -90,18 +99,6 @@ _LLAVA_TEXT = {
 _KNOWN_BUFFERS = re.compile(
     r"(^|\.)(attn\.bias|attn\.masked_bias|position_ids|rotary_emb\.inv_freq)$"
 )
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 def _silent(phase: str, done: int, total: int) -> None:
@@ -133,7 +130,7 @@ def read_card(folder: Path) -> CheckpointCard | None:
     path = folder / CARD_NAME
     if not path.is_file():
         return None
-    raw = _read_json(path)
+    raw = read_json(path)
     version = raw.get("format_version")
     if not isinstance(version, int) or version > CARD_VERSION:
         raise CheckpointError(
@@ -197,257 +194,6 @@ class Checkpoint:
         return sum(tensor.num_bytes for tensor in (self.tensors or {}).values())
 
 
-# --- Tensors in files -----------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of a file, not read yet; `tensor[...]` reads it, into memory of its own.
-
-    Reading copies instead of mapping the file: a mapped tensor that has to be transposed, cast or
-    quantised is held twice, and a file that is replaced while the model runs takes the process
-    down with it.
-    """
-
-    key: str
-    path: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[], torch.Tensor]
-    borrow: Callable[[], torch.Tensor] | None = None
-    """As `read`, but into memory that the thread's next `borrow` overwrites."""
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        return self.read()[index]
-
-    def changed(
-        self, shape: tuple[int, ...], change: Callable[[torch.Tensor], torch.Tensor]
-    ) -> StoredTensor:
-        """The tensor that `change` makes; it must not return a view of what it is given."""
-        source = self.borrow or self.read
-        return dataclasses.replace(self, shape=shape, read=lambda: change(source()), borrow=None)
-
-
-def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the model weights in `folder`: safetensors if there, else pickled shards.
-
-    Raises CheckpointError naming the file that is missing, cut off or inconsistent, and
-    UnsafeCheckpointError for a pickle that holds more than tensors. An empty dict means no weights.
-    """
-    for stem, read in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", _read_bin)):
-        index = folder / f"{stem}.index.json"
-        if index.is_file():
-            return _sharded(index, read)
-        if (folder / stem).is_file():
-            return read(folder / stem)
-    return {}
-
-
-def _sharded(
-    index: Path, read: Callable[[Path], dict[str, StoredTensor]]
-) -> dict[str, StoredTensor]:
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{index} has no weight_map.", hint="Download the file again.")
-    shards = sorted(set(weight_map.values()))
-    absent = [shard for shard in shards if not (index.parent / shard).is_file()]
-    if absent:
-        raise CheckpointError(
-            f"{len(absent)} of {len(shards)} files of weights are missing in {index.parent}: "
-            f"{_listed(absent)}",
-            hint="Download them again.",
-        )
-    tensors: dict[str, StoredTensor] = {}
-    for shard in shards:
-        tensors |= read(index.parent / shard)
-    lost = sorted(set(weight_map) - set(tensors))
-    if lost:
-        raise CheckpointError(
-            f"{index} promises {len(lost)} tensors that its files do not hold: {_listed(lost)}",
-            hint="The files do not belong together; download them again.",
-        )
-    return tensors
-
-
-def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """See the format section of the safetensors README: length, JSON header, then raw bytes."""
-
-    def damaged(problem: str) -> CheckpointError:
-        return CheckpointError(f"{path}: {problem}.", hint="Download the file again.")
-
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(size - 8, 100_000_000):
-            raise damaged("this is not a safetensors file, or it is cut off in its header")
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            entries = [
-                (key, _DTYPES[entry["dtype"]], tuple(entry["shape"]), *entry["data_offsets"])
-                for key, entry in header.items()
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise damaged(f"its header cannot be read ({error!r})") from error
-    data = 8 + length
-    tensors = {}
-    for key, dtype, shape, start, end in entries:
-        if end - start != math.prod(shape) * dtype.itemsize:
-            raise damaged(f"{key} has {end - start} bytes, which do not fit its shape {shape}")
-        if data + end > size:
-            raise damaged(f"cut off after {size:,} bytes, {key} ends at {data + end:,}")
-        tensors[key] = _in_file(key, path, data + start, dtype, shape, shape, _contiguous(shape))
-    return tensors
-
-
-def _read_bin(path: Path) -> dict[str, StoredTensor]:
-    """A torch pickle, by the weights-only loader; of a zip only the table of contents is read."""
-    zipped = zipfile.is_zipfile(path)
-    try:
-        content = torch.load(path, map_location="meta" if zipped else "cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = re.search(r"Unsupported [^\n]+?(?= was not|\.? ?\n|$)", str(error))
-        raise UnsafeCheckpointError(
-            f"{path} holds more than tensors: {reason[0] if reason else 'it is no plain pickle'}.",
-            hint="Opening it in full could run its code. Take a safetensors version instead.",
-        ) from error
-    except (RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {_brief(error)}",
-            hint="The file is damaged or cut off; download it again.",
-        ) from error
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not tensors by name.")
-    tensors = {}
-    for key, value in content.items():
-        if not isinstance(value, torch.Tensor):
-            raise CheckpointError(f"{path}: {key} is a {type(value).__name__}, not a tensor.")
-        shape = tuple(value.shape)
-        offset = getattr(value.untyped_storage(), "_checkpoint_offset", None)
-        if not zipped:
-            tensors[key] = StoredTensor(key, path, shape, value.dtype, value.detach().clone)
-            continue
-        assert offset is not None, "torch tells where in the zip each storage lies"
-        start = offset + value.storage_offset() * value.dtype.itemsize
-        extent = (1 + sum((n - 1) * s for n, s in zip(shape, value.stride(), strict=True)),)
-        if 0 in shape:
-            extent = (0,)
-        tensors[key] = _in_file(key, path, start, value.dtype, shape, extent, value.stride())
-    return tensors
-
-
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(math.prod(shape[at + 1 :]) for at in range(len(shape)))
-
-
-def _in_file(
-    key: str,
-    path: Path,
-    start: int,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    extent: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> StoredTensor:
-    """A tensor whose `extent` elements lie in `path` from byte `start` on."""
-    count = math.prod(extent)
-
-    def fill(flat: torch.Tensor) -> torch.Tensor:
-        view: Any = flat.view(torch.uint8).numpy() if count else b""
-        with path.open("rb", buffering=0) as file:
-            file.seek(start)
-            rest = memoryview(view)
-            while rest:
-                # Linux reads at most 2 GiB at a time.
-                num_read = file.readinto(rest[: 1 << 30])
-                if not num_read:
-                    raise CheckpointError(
-                        f"{path} ends inside {key}.",
-                        hint="The file changed while it was read; download it again.",
-                    )
-                rest = rest[num_read:]
-        return flat.as_strided(shape, stride)
-
-    def read() -> torch.Tensor:
-        return fill(torch.empty(count, dtype=dtype)).contiguous()
-
-    def borrow() -> torch.Tensor:
-        return fill(_scratch(count * dtype.itemsize).view(dtype))
-
-    return StoredTensor(key, path, shape, dtype, read, borrow)
-
-
-_held = threading.local()
-
-
-def _scratch(num_bytes: int) -> torch.Tensor:
-    """Bytes that this thread uses again and again: touching new memory costs more than reading."""
-    buffer = getattr(_held, "buffer", None)
-    if buffer is None or len(buffer) < num_bytes:
-        buffer = _held.buffer = torch.empty(num_bytes, dtype=torch.uint8)
-    return buffer[:num_bytes]
-
-
-def _forget_scratch() -> None:
-    """Give this thread's bytes back; other threads' go with them."""
-    _held.__dict__.pop("buffer", None)
-
-
-def _linear(tensor: StoredTensor) -> StoredTensor:
-    """A Conv1D weight [in, out] as a Linear one; a bias is what it was."""
-    if len(tensor.shape) == 1:
-        return tensor
-    return tensor.changed(tensor.shape[::-1], lambda weight: weight.t().contiguous())
-
-
-def _split(tensor: StoredTensor, parts: int) -> list[StoredTensor]:
-    """`tensor` in equal parts by rows, read once for all of them.
-
-    The parts share a storage, as they are asked for one after another and all are kept.
-    """
-    lock = threading.Lock()
-    whole: list[torch.Tensor] = []
-    served: set[int] = set()
-    rows = tensor.shape[0] // parts
-
-    def part(at: int) -> torch.Tensor:
-        with lock:
-            if not whole:
-                whole.append(tensor.read())
-            piece = whole[0][at * rows : (at + 1) * rows]
-            served.add(at)
-            if len(served) == parts:
-                whole.clear()
-                served.clear()
-        return piece
-
-    shape = (rows, *tensor.shape[1:])
-    return [
-        dataclasses.replace(tensor, shape=shape, read=functools.partial(part, at), borrow=None)
-        for at in range(parts)
-    ]
-
-
-def _with_rows(tensor: StoredTensor, rows: int) -> StoredTensor:
-    """`tensor` with rows added at its end, each the mean of all.
-
-    As a row of the head, the mean gives a logit no higher than the best one, so that a token that
-    was never trained is never the likeliest.
-    """
-    if tensor.shape[0] >= rows:
-        return tensor
-
-    def grow(weight: torch.Tensor) -> torch.Tensor:
-        mean = weight.mean(dim=0, keepdim=True, dtype=torch.float32).to(weight.dtype)
-        return torch.cat((weight, mean.expand(rows - len(weight), -1)))
-
-    return tensor.changed((rows, *tensor.shape[1:]), grow)
-
-
 # --- Layouts --------------------------------------------------------------------------------------
 
 
@@ -479,14 +225,14 @@ def _crystal_tensors(key: str, tensor: StoredTensor) -> dict[str, StoredTensor] 
     prefix = f"model.layers.{layer}"
     if name == "attn.c_attn":
         projections = ("q_proj", "k_proj", "v_proj")
-        parts = _split(_linear(tensor), 3)
+        parts = split_rows(linear(tensor), 3)
         return {
             f"{prefix}.self_attn.{projection}.{kind}": part
             for projection, part in zip(projections, parts, strict=True)
         }
     if name not in _CRYSTAL_NAMES:
         return None
-    return {f"{prefix}.{_CRYSTAL_NAMES[name]}.{kind}": _linear(tensor)}
+    return {f"{prefix}.{_CRYSTAL_NAMES[name]}.{kind}": linear(tensor)}
 
 
 def _llama_tensors(key: str, tensor: StoredTensor) -> dict[str, StoredTensor] | None:
@@ -560,16 +306,16 @@ def _account(
     }
     problems = []
     if missing := sorted(set(wanted) - set(tensors)):
-        problems.append(f"missing: {_listed(missing)}")
+        problems.append(f"missing: {listed(missing)}")
     surplus = [tensors[name] for name in tensors if name not in wanted]
     if strange := [f"{t.key} ({t.path.name})" for t in (*unknown, *surplus)]:
-        problems.append(f"unexpected: {_listed(sorted(set(strange)))}")
+        problems.append(f"unexpected: {listed(sorted(set(strange)))}")
     if wrong := [
         f"{t.key} ({t.path.name}) is {_times(t.shape)}, {name} needs {_times(wanted[name])}"
         for name, t in tensors.items()
         if name in wanted and wanted[name] != t.shape
     ]:
-        problems.append(f"of another size: {_listed(wrong)}")
+        problems.append(f"of another size: {listed(wrong)}")
     if problems:
         raise CheckpointError(
             f"The weights of {label} do not fit its config.json. " + "; ".join(problems),
@@ -610,9 +356,9 @@ def open_checkpoint(
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if path.is_file():
-        return _read_json(path)
+        return read_json(path)
     if (folder / "adapter_config.json").is_file():
-        base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         raise CheckpointError(
             f"{folder} is a LoRA adapter (adapter_config.json) without its base model"
             + (f" {base}." if base else "."),
@@ -715,7 +461,7 @@ def _card_of(
             if (folder / name).is_file():
                 # What the spec cannot express is left to the folder's own processor.
                 with contextlib.suppress(CheckpointError):
-                    image = ImageSpec.from_processor_config(_read_json(folder / name))
+                    image = ImageSpec.from_processor_config(read_json(folder / name))
                 break
     return CheckpointCard(
         family=_llava_family(text_config.model_type),
@@ -757,7 +503,7 @@ def _open_llava_layout(
         base = _stage_1_base(folder, raw, report, cache_dir)
         stored = stored_tensors(base)
     if stage_1.is_file():
-        stored |= _read_bin(stage_1)
+        stored |= read_bin(stage_1)
     if not stored:
         raise _no_weights(folder)
     tensors, unknown = _standard_names(stored, text_type, multimodal=True)
@@ -782,7 +528,7 @@ def _open_llava_layout(
         text_config.vocab_size = -(-(image_token_id + 1) // 64) * 64
         for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
             if name in tensors:
-                tensors[name] = _with_rows(tensors[name], text_config.vocab_size)
+                tensors[name] = with_rows(tensors[name], text_config.vocab_size)
     keeps_cls = raw.get("mm_vision_select_feature") == "cls_patch"
     has_cls = llava.has_cls_token(vision_config)
     config = llava.llava_config(
@@ -850,7 +596,7 @@ def _tower_of(
         vision_config = getattr(vision_config, "vision_config", vision_config)
     for place in (folder, own):
         if place is not None and (place / "preprocessor_config.json").is_file():
-            raw_image = _read_json(place / "preprocessor_config.json")
+            raw_image = read_json(place / "preprocessor_config.json")
             return vision_config, ImageSpec.from_processor_config(raw_image), own
     if known is None:
         raise CheckpointError(
@@ -877,7 +623,7 @@ def _load_tokenizer(folder: Path, config: PreTrainedConfig) -> Any:
         )
     settings: dict[str, Any] = {}
     if (folder / "tokenizer_config.json").is_file():
-        settings = _read_json(folder / "tokenizer_config.json")
+        settings = read_json(folder / "tokenizer_config.json")
     name = settings.get("tokenizer_class")
     try:
         if not settings.get("auto_map") and (name is None or hasattr(transformers, str(name))):
@@ -903,7 +649,7 @@ def _load_tokenizer(folder: Path, config: PreTrainedConfig) -> Any:
         return tokenizer
     except (ValueError, KeyError, TypeError, OSError, ImportError, AttributeError) as error:
         raise CheckpointError(
-            f"The tokenizer in {folder} cannot be read: {_brief(error)}",
+            f"The tokenizer in {folder} cannot be read: {brief(error)}",
             hint="Save it again as a fast tokenizer (tokenizer.json).",
         ) from error
 
@@ -913,12 +659,12 @@ def _load_processor(folder: Path, trust_remote_code: bool) -> ProcessorMixin | N
         return AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except ImportError as error:
         raise MissingPackageError(
-            f"The processor of {folder} needs a package that is not installed: {_brief(error)}",
+            f"The processor of {folder} needs a package that is not installed: {brief(error)}",
             hint="Install it with pip.",
         ) from error
     except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
         raise CheckpointError(
-            f"The processor in {folder} cannot be read: {_brief(error)}",
+            f"The processor in {folder} cannot be read: {brief(error)}",
             hint="Download the folder again, with preprocessor_config.json.",
         ) from error
 
@@ -946,85 +692,11 @@ def _resolve(source: str, report: Report, cache_dir: Path | None, trust_remote_c
             hint="Name the folder that holds config.json and the weights.",
         )
     if re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", source) and not path.parent.is_dir():
-        return _download(source, report, trust_remote_code)
+        return download(source, report, trust_remote_code)
     raise ModelNotFoundError(
         f"There is no model {source}.",
         hint="Give a folder, a .gguf file, or a hub name like LLM360/CrystalChat-7B-Web2Code.",
     )
-
-
-def _download(name: str, report: Report, trust_remote_code: bool) -> Path:
-    """The local snapshot of a hub repository, fetched unless HF_HUB_OFFLINE forbids it."""
-    import httpx2
-    from huggingface_hub import HfApi, is_offline_mode, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
-
-    weights = ["*.safetensors", "*.bin"]
-    try:
-        with contextlib.suppress(OfflineModeIsEnabled, httpx2.TransportError):
-            files = HfApi().list_repo_files(name)
-            safe = any(re.fullmatch(r"model.*\.safetensors", file) for file in files)
-            weights = ["*.safetensors"] if safe else ["*.bin"]
-        patterns = ["*.json", "*.jinja", "*.model", "*.txt", *weights]
-        return Path(
-            snapshot_download(
-                name,
-                allow_patterns=patterns + ["*.py"] * trust_remote_code,
-                ignore_patterns=["*/*"],
-                tqdm_class=_progress_bar(report),
-            )
-        )
-    except GatedRepoError as error:
-        raise DownloadError(
-            f"{name} is given out only to people who accepted its licence.",
-            hint=f"Accept it at https://huggingface.co/{name} and run `hf auth login`.",
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ModelNotFoundError(
-            f"There is no folder {name}, and no public model of that name on the hub.",
-            hint="Check the spelling; for a private model run `hf auth login`.",
-        ) from error
-    except LocalEntryNotFoundError as error:
-        if is_offline_mode():
-            raise DownloadError(
-                f"{name} is not on this machine, and HF_HUB_OFFLINE forbids to download it.",
-                hint="Unset HF_HUB_OFFLINE, or name a local folder.",
-            ) from error
-        raise DownloadError(
-            f"{name} is not on this machine, and the model hub cannot be reached.",
-            hint="Download it where there is a network, and name the folder here.",
-        ) from error
-    except (HfHubHTTPError, httpx2.TransportError, OSError) as error:
-        raise DownloadError(
-            f"Downloading {name} failed: {_brief(error)}",
-            hint="Try again; what was already fetched is kept.",
-        ) from error
-
-
-def _progress_bar(report: Report) -> Any:
-    """A tqdm class for huggingface_hub that shows nothing and reports bytes written."""
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
-    class Bar(tqdm):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self._reports = str(kwargs.get("desc", "")).startswith("Reconstructing")
-            kwargs.pop("name", None)
-            super().__init__(*args, **{**kwargs, "disable": True})
-            self._done = 0
-
-        def update(self, n: float | None = 1) -> bool | None:
-            self._done += int(n or 0)
-            if self._reports:
-                report("Downloading", self._done, int(self.total or 0))
-            return None
-
-    return Bar
 
 
 def _converted_gguf(path: Path, cache_dir: Path | None, report: Report) -> Path:
@@ -1058,7 +730,7 @@ def _converted_gguf(path: Path, cache_dir: Path | None, report: Report) -> Path:
         except Exception as error:
             # The readers of untrusted binary data fail in every possible way.
             raise CheckpointError(
-                f"{path} cannot be read as a text model: {_brief(error)}",
+                f"{path} cannot be read as a text model: {brief(error)}",
                 hint="The file is damaged, or its architecture is unknown to transformers; the "
                 "gguf backend may run it.",
             ) from error
@@ -1182,9 +854,9 @@ def load_checkpoint(
         with _quiet(), _damage_in(checkpoint.folder):
             model, info = _from_pretrained(checkpoint, arguments, report)
     finally:
-        _forget_scratch()
+        forget_scratch()
     problems = [
-        f"{kind.replace('_', ' ')}: {_listed(sorted(map(str, info[kind])))}"
+        f"{kind.replace('_', ' ')}: {listed(sorted(map(str, info[kind])))}"
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
         if info.get(kind)
     ]
@@ -1260,7 +932,7 @@ def _from_pretrained(
         )
     except ImportError as error:
         raise MissingPackageError(
-            f"{checkpoint.label} cannot be loaded like this: {_brief(error)}",
+            f"{checkpoint.label} cannot be loaded like this: {brief(error)}",
             hint="Install the package that is named, or choose another --attn or quantisation.",
         ) from error
 
@@ -1528,21 +1200,9 @@ def _damage_in(folder: Path) -> Iterator[None]:
         StrictDataclassError,
     ) as error:
         raise CheckpointError(
-            f"{folder} cannot be loaded: {type(error).__name__}: {_brief(error)}",
+            f"{folder} cannot be loaded: {type(error).__name__}: {brief(error)}",
             hint="Check config.json and the files beside it, or download the folder again.",
         ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error}.", hint="Download the file again."
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object.", hint="Download the file again.")
-    return content
 
 
 def _no_weights(folder: Path) -> CheckpointError:
@@ -1552,15 +1212,5 @@ def _no_weights(folder: Path) -> CheckpointError:
     )
 
 
-def _listed(names: list[str], limit: int = 20) -> str:
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
-
-
 def _times(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
-
-
-def _brief(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:299]}…"

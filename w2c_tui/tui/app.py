@@ -190,7 +190,7 @@ class W2CApp(App[int]):
     def shut_down(self) -> None:
         """End the engine and write what is unwritten: threads wait for it. Harmless repeated."""
         self._ending = True
-        for answer in self.answers.values():
+        for answer in list(self.answers.values()):
             answer.cancel()
         if self._owns_engine:
             self.engine.close()
@@ -359,10 +359,10 @@ class W2CApp(App[int]):
                 self._tell_model()
         for screen in self.screen_stack:
             if (tell := getattr(screen, "answer_over", None)) is not None:
-                self.call_later(tell, answer)
+                screen.call_later(tell, answer)
 
     def cancel_answers(self) -> None:
-        for answer in self.answers.values():
+        for answer in list(self.answers.values()):
             answer.cancel()
 
     # ── text on pictures ──────────────────────────────────────────────────────────────────────
@@ -396,7 +396,7 @@ class W2CApp(App[int]):
     def on_text_read(self, event: TextRead) -> None:
         for screen in self.screen_stack:
             if (tell := getattr(screen, "text_read", None)) is not None:
-                self.call_later(tell, event.image, event.error)
+                screen.call_later(tell, event.image, event.error)
 
     # ── commands ──────────────────────────────────────────────────────────────────────────────
 

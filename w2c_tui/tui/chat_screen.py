@@ -261,9 +261,9 @@ class ChatScreen(Screen[None]):
         try:
             image = load_attachment(reference, self.app.settings.images)
         except W2CError as error:
-            self.app.call_later(self._not_attached, error)
+            self.call_later(self._not_attached, error)
         else:
-            self.app.call_later(self.add_picture, image)
+            self.call_later(self.add_picture, image)
 
     @work(thread=True, group="attach", exit_on_error=False)
     def _open_clipboard(self) -> None:
@@ -272,9 +272,9 @@ class ChatScreen(Screen[None]):
         try:
             image = attachment_from_clipboard(self.app.settings.images)
         except ImageError as error:
-            self.app.call_later(self._paste_text, error)
+            self.call_later(self._paste_text, error)
         else:
-            self.app.call_later(self.add_picture, image)
+            self.call_later(self.add_picture, image)
 
     def _not_attached(self, error: W2CError) -> None:
         self._hint()
@@ -337,7 +337,7 @@ class ChatScreen(Screen[None]):
 
         with contextlib.suppress(W2CError):
             image = thumbnail_of(thumbnail.picture, self.app.store)
-            self.app.call_later(thumbnail.show, image)
+            self.call_later(thumbnail.show, image)
 
     # ── the prompt ────────────────────────────────────────────────────────────────────────────
 
@@ -442,7 +442,7 @@ class ChatScreen(Screen[None]):
         if now - self._typed_at < 0.15 and now - self._drawn_at < FRAME_WHILE_TYPING_S:
             return
         self._drawn_at = now
-        for answer in self.app.answers.values():
+        for answer in list(self.app.answers.values()):
             changed = answer.fetch()
             view = self.transcript.view(answer.message_id)
             if view is not None and view.answer is answer:

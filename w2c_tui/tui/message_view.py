@@ -7,6 +7,7 @@ the store.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -244,6 +245,7 @@ class MessageView(Vertical, can_focus=True):
         self._parts: list[Prose | Code] = []
         self._folded = False
         self._told: tuple[object, ...] = ()
+        self._drawing = asyncio.Lock()
 
     def compose(self) -> ComposeResult:
         yield self._head
@@ -289,6 +291,10 @@ class MessageView(Vertical, can_focus=True):
 
     async def follow(self) -> None:
         """Show what the answer has by now."""
+        async with self._drawing:
+            await self._follow()
+
+    async def _follow(self) -> None:
         text = self.text
         blocks = split(text, growing=self.answer is not None)
         kinds = [Prose if block.kind == "prose" else Code for block in blocks]
@@ -316,12 +322,13 @@ class MessageView(Vertical, can_focus=True):
 
     async def finish(self, message: StoredMessage) -> None:
         """The answer is over and `message` is how it was stored."""
-        self.message = message
-        self.answer = None
-        await self.follow()
-        for part in self._parts:
-            await part.settle()
-        self.tell()
+        async with self._drawing:
+            self.message = message
+            self.answer = None
+            await self._follow()
+            for part in self._parts:
+                await part.settle()
+            self.tell()
 
     def tell(self) -> None:
         """Say who speaks and how it stands with this message."""

@@ -6,6 +6,7 @@ nothing. Knows nothing about the engine, and of the store only the messages it i
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ class Transcript(VerticalScroll, can_focus=False):
         self._first = 0
         self._last = 0
         self._moving = False
+        self._building = asyncio.Lock()
 
     @property
     def views(self) -> list[MessageView]:
@@ -53,6 +55,17 @@ class Transcript(VerticalScroll, can_focus=False):
 
         With `keep`, views of messages that are still there stay as they are.
         """
+        async with self._building:
+            await self._show(messages, answers, at=at, keep=keep)
+
+    async def _show(
+        self,
+        messages: Sequence[StoredMessage],
+        answers: Callable[[int], Answer | None],
+        *,
+        at: int | None,
+        keep: bool,
+    ) -> None:
         self._answers = answers
         old = {view.message.id: view for view in self.views}
         self.messages = list(messages)
@@ -100,17 +113,6 @@ class Transcript(VerticalScroll, can_focus=False):
         finally:
             self.call_after_refresh(self._settled)
 
-    async def add(self, message: StoredMessage, answer: Answer | None = None) -> None:
-        """A new message at the end, which comes into sight."""
-        self.messages.append(message)
-        if self._last != len(self.messages) - 1:
-            await self.show(self.messages, self._answers)
-            return
-        self._last += 1
-        await self.mount(_view(message, answer))
-        await self._prune(earlier=True)
-        self.anchor()
-
     def replace(self, message: StoredMessage) -> None:
         """`message` as it is now."""
         self.messages = [message if m.id == message.id else m for m in self.messages]
@@ -136,6 +138,10 @@ class Transcript(VerticalScroll, can_focus=False):
             self.run_worker(self._later(), group="window")
 
     async def _earlier(self) -> None:
+        async with self._building:
+            await self._mount_earlier()
+
+    async def _mount_earlier(self) -> None:
         start = max(0, self._first - BATCH)
         height = self.virtual_size.height
         views = [_view(m, self._answers(m.id)) for m in self.messages[start : self._first]]
@@ -153,6 +159,10 @@ class Transcript(VerticalScroll, can_focus=False):
         self.call_after_refresh(stay)
 
     async def _later(self) -> None:
+        async with self._building:
+            await self._mount_later()
+
+    async def _mount_later(self) -> None:
         end = min(len(self.messages), self._last + BATCH)
         views = [_view(m, self._answers(m.id)) for m in self.messages[self._last : end]]
         await self.mount(*views)
