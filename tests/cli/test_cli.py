@@ -184,7 +184,7 @@ def test_ctrl_c_stops_writes_nothing_and_leaves_no_process(shots, tiny_llava, ow
     assert process.returncode in (130, 1)  # 1: the random model was already done
     assert not out.exists()
     assert not list(own_folders.glob(".*page*"))
-    gone, alive = psutil.wait_procs(children, timeout=5)
+    _, alive = psutil.wait_procs(children, timeout=5)
     assert not alive
 
 

@@ -425,6 +425,21 @@ def test_four_bit_is_nf4_with_double_quantisation_and_bf16_compute(tmp_path):
     assert model.model.language_model.layers[0].mlp.up_proj.compute_dtype == torch.bfloat16
 
 
+def test_a_folder_that_was_saved_in_four_bit_is_read_as_it_is(tmp_path):
+    write_text_model(tmp_path, intermediate_size=128)
+    quantised = load_model(tmp_path, dtype=torch.bfloat16, quantization="4bit")
+    quantised.model.save_pretrained(tmp_path / "saved")
+    quantised.tokenizer.save_pretrained(tmp_path / "saved")
+    again = load_model(tmp_path / "saved", dtype=torch.bfloat16, device_map="auto")
+    ids = torch.arange(9)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(again.model(ids).logits, quantised.model(ids).logits)
+    with pytest.raises(CheckpointError, match="quantised already"):
+        load_model(tmp_path / "saved", quantization="4bit")
+    with pytest.raises(CheckpointError, match="cannot be converted"):
+        convert(tmp_path / "saved", tmp_path / "out")
+
+
 def test_placement_keeps_blocks_whole_and_the_tower_first(tmp_path):
     write_crystal(tmp_path)
     found = open_checkpoint(tmp_path)
@@ -553,6 +568,9 @@ def test_another_image_text_model_keeps_its_own_processor(tmp_path):
     assert loaded.image_spec is None
     assert isinstance(loaded.processor, Idefics3Processor)
     assert (loaded.family, loaded.template) == ("idefics3", "chat")
+    again = load_model(convert(tmp_path, tmp_path / "out"))
+    assert_holds(again.model, model.state_dict())
+    assert again.processor.chat_template == "{{ 1 }}"
     quantised = load_model(tmp_path, dtype=torch.bfloat16, quantization="4bit").model
     kinds = {
         name: type(module).__name__
@@ -660,6 +678,9 @@ def test_a_gguf_file_is_converted_once_and_again_when_it_changes(tmp_path):
     os.utime(tmp_path / "model.gguf", (1, 1))
     load_model(tmp_path / "model.gguf", cache_dir=cache)
     assert len(list((cache / "gguf").iterdir())) == 2
+    out = convert(tmp_path / "model.gguf", tmp_path / "out", cache_dir=cache)
+    weight = load_model(out).model.model.layers[0].mlp.up_proj.weight
+    assert torch.equal(weight, tensors["blk.0.ffn_up.weight"].half().float())
 
 
 # --- Bad input ------------------------------------------------------------------------------------
@@ -797,6 +818,33 @@ def test_code_that_comes_with_a_model_is_not_run_unasked(tmp_path):
     with pytest.raises(UnsafeCheckpointError, match="needs the Python code") as caught:
         load_model(tmp_path)
     assert "--trust-remote-code" in caught.value.hint
+
+
+def test_code_that_comes_with_a_model_is_run_if_trusted(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "c"))
+    monkeypatch.syspath_prepend(tmp_path / "c")
+    folder = tmp_path / "model"
+    write_text_model(folder)
+    (folder / "theirs.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class TheirConfig(LlamaConfig):\n"
+        "    model_type = 'theirs'\n"
+        "class TheirModel(LlamaForCausalLM):\n"
+        "    config_class = TheirConfig\n"
+    )
+    config = json.loads((folder / "config.json").read_text()) | {
+        "model_type": "theirs",
+        "auto_map": {
+            "AutoConfig": "theirs.TheirConfig",
+            "AutoModelForCausalLM": "theirs.TheirModel",
+        },
+    }
+    tiny.write_json(folder / "config.json", config)
+    with pytest.raises(UnsafeCheckpointError):
+        load_model(folder)
+    loaded = load_model(folder, trust_remote_code=True, device_map="auto")
+    assert type(loaded.model).__name__ == "TheirModel"
+    assert loaded.family == "theirs"
 
 
 def test_a_lora_folder_without_its_base_is_refused(tmp_path):

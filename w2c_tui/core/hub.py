@@ -1,12 +1,12 @@
-"""Fetching a model from the model hub into the hub's own cache.
+"""Model repositories on the Hugging Face hub, as folders on this machine.
 
-The one place that talks to the hub: what is fetched of a repository, with progress, and how the
-hub's errors become ours. Knows nothing about what is in the files.
+Honours huggingface_hub's own settings (HF_HUB_OFFLINE, HF_HOME, HF_ENDPOINT, the token of `hf auth
+login`) and its cache. Owns what is fetched of a repository and what is said when that fails. Knows
+nothing about what is in the files.
 """
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +18,10 @@ Report = Callable[[str, int, int], None]
 
 
 def fetch_from_hub(name: str, report: Report, *, with_code: bool = False) -> Path:
-    """The local snapshot of the hub repository `name`, fetched unless HF_HUB_OFFLINE forbids it.
+    """The local snapshot of a hub repository, fetched unless HF_HUB_OFFLINE forbids it.
 
-    Takes safetensors where there are any, `.bin` files else; `with_code`: the repository's Python
-    files too. Raises ModelNotFoundError or DownloadError; what was fetched is kept for another
-    try.
+    Takes safetensors where there are any, `.bin` files else; `with_code`: its Python files too.
+    Raises ModelNotFoundError or DownloadError; what was fetched is kept for another try.
     """
     import httpx2
     from huggingface_hub import HfApi, is_offline_mode, snapshot_download
@@ -30,23 +29,28 @@ def fetch_from_hub(name: str, report: Report, *, with_code: bool = False) -> Pat
         GatedRepoError,
         HfHubHTTPError,
         LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
     )
 
-    weights = ["*.safetensors", "*.bin"]
+    patterns = ["*.json", "*.jinja", "*.model", "*.txt"]
+    local = is_offline_mode()
     try:
-        with contextlib.suppress(OfflineModeIsEnabled, httpx2.TransportError):
-            files = HfApi().list_repo_files(name)
-            safe = any(re.fullmatch(r"model.*\.safetensors", file) for file in files)
-            weights = ["*.safetensors"] if safe else ["*.bin"]
-        patterns = ["*.json", "*.jinja", "*.model", "*.txt", *weights]
+        if not local:
+            try:
+                # Asked like this, a hub that cannot be reached is noticed without half a minute of
+                # trying again.
+                files = [each.rfilename for each in HfApi().model_info(name).siblings or []]
+                safe = any(re.fullmatch(r"model.*\.safetensors", file) for file in files)
+                patterns.append("*.safetensors" if safe else "*.bin")
+            except httpx2.TransportError:
+                local = True
         return Path(
             snapshot_download(
                 name,
                 allow_patterns=patterns + ["*.py"] * with_code,
                 ignore_patterns=["*/*"],
                 tqdm_class=_progress_bar(report),
+                local_files_only=local,
             )
         )
     except GatedRepoError as error:
@@ -67,14 +71,18 @@ def fetch_from_hub(name: str, report: Report, *, with_code: bool = False) -> Pat
             ) from error
         raise DownloadError(
             f"{name} is not on this machine, and the model hub cannot be reached.",
-            hint="Download it where there is a network, and name the folder here. "
-            "w2c models list shows what else there is.",
+            hint="Download it where there is a network, and name the folder here.",
         ) from error
     except (HfHubHTTPError, httpx2.TransportError, OSError) as error:
         raise DownloadError(
-            f"Downloading {name} failed: {str(error).splitlines()[0] if str(error) else error!r}",
+            f"Downloading {name} failed: {_first_line(error)}",
             hint="Try again; what was already fetched is kept.",
         ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _progress_bar(report: Report) -> Any:

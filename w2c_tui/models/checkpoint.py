@@ -64,9 +64,9 @@ from w2c_tui.core.errors import (
     UnsafeCheckpointError,
     W2CError,
 )
+from w2c_tui.core.hub import fetch_from_hub
 from w2c_tui.core.image import ImageSpec
 from w2c_tui.models import crystal, llava
-from w2c_tui.models.hub import download
 from w2c_tui.models.weights import (
     StoredTensor,
     brief,
@@ -692,7 +692,7 @@ def _resolve(source: str, report: Report, cache_dir: Path | None, trust_remote_c
             hint="Name the folder that holds config.json and the weights.",
         )
     if re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", source) and not path.parent.is_dir():
-        return download(source, report, trust_remote_code)
+        return fetch_from_hub(source, report, with_code=trust_remote_code)
     raise ModelNotFoundError(
         f"There is no model {source}.",
         hint="Give a folder, a .gguf file, or a hub name like LLM360/CrystalChat-7B-Web2Code.",
@@ -838,8 +838,8 @@ def load_checkpoint(
             )
         arguments["quantization_config"] = _quantization_config(checkpoint, quantization)
     if device_map is not None:
-        arguments["device_map"] = device_map
-        if isinstance(device_map, str) and device_map in _PLANNED:
+        arguments |= {"device_map": device_map, "max_memory": max_memory}
+        if isinstance(device_map, str) and device_map in _PLANNED and checkpoint.tensors:
             plan = device_plan(
                 checkpoint,
                 dtype=dtype,
@@ -1033,7 +1033,8 @@ def device_plan(
 ) -> dict[str, Any]:
     """Which device each module would be put on: {module: 0, 1, ..., "cpu" or "disk"}.
 
-    `max_memory` may name devices that this machine lacks. Nothing is loaded.
+    `max_memory` may name devices that this machine lacks. Nothing is loaded. An empty plan says
+    that only transformers can make one: for code of the model's own, or weights quantised already.
     """
     from transformers.integrations.accelerate import (
         get_balanced_memory,
@@ -1044,7 +1045,7 @@ def device_plan(
 
     config = checkpoint.config
     if checkpoint.tensors is None:
-        return {"": device_map}
+        return {}
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

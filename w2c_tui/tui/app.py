@@ -20,6 +20,7 @@ from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.message import Message
 from textual.screen import Screen
+from textual.theme import Theme
 
 from w2c_tui.backends.base import ModelInfo
 from w2c_tui.core.config import GenerationParams, LoadSpec, Paths, Settings
@@ -166,7 +167,7 @@ class W2CApp(App[int]):
                 timeout=30,
                 markup=False,
             )
-        self.theme_changed_signal.subscribe(self, lambda theme: self._remember(theme=theme.name))
+        self.theme_changed_signal.subscribe(self, self._theme_changed)
         self._end_on_signals()
         # After the first frame: starting a process costs more than drawing does.
         self.set_timer(0.05, self.load_model)
@@ -242,6 +243,12 @@ class W2CApp(App[int]):
     @property
     def remembered(self) -> Remembered:
         return self._remembered
+
+    def _theme_changed(self, theme: Theme) -> None:
+        self._remember(theme=theme.name)
+        code: Any
+        for code in self.screen_stack[0].query("Code"):
+            code.take_theme()
 
     def _remember(self, **changes: Any) -> None:
         self._remembered = msgspec.structs.replace(self._remembered, **changes)

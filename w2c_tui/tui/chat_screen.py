@@ -234,14 +234,21 @@ class ChatScreen(Screen[None]):
         self.query_one(Welcome).display = not messages
         self.transcript.display = bool(messages)
         await self.transcript.show(messages, self.app.answers.get, at=at, keep=keep)
-        for view in self.transcript.views:
-            # Answers may have ended while the views were being made.
-            if view.message.status == "streaming" and view.message.id not in self.app.answers:
-                await self._finish(view.message.id)
+        await self._catch_up()
         self._name_it()
         self._tell_status()
-        self._clock.resume() if self.app.answers else self._clock.pause()
-        self.refresh_bindings()
+
+    async def _catch_up(self) -> None:
+        """Follow what is being written; answers may have ended while their views were made."""
+        for view in self.transcript.views:
+            if view.message.status == "streaming" and view.message.id not in self.app.answers:
+                await self._finish(view.message.id)
+        if self.app.answers:
+            self._clock.resume()
+        else:
+            self._clock.pause()
+        if self._message_focused:
+            self.refresh_bindings()
 
     def _name_it(self) -> None:
         title = self.session.title if self.session else ""
@@ -400,23 +407,30 @@ class ChatScreen(Screen[None]):
         assert self.session is not None
         if not self.session.title:
             store.update_session(self.session.id, title=_title(message))
-        branch = store.branch(self.session.id)
-        if self._editing is not None:
-            stored = store.edit(self._editing.id, message)
-        elif branch and branch[-1].role == "user":
+        before = self._editing
+        if (
+            before is None
+            and self.transcript.messages
+            and self.transcript.messages[-1].role == "user"
+        ):
             # Its answer was deleted; two questions in a row have no meaning for a model.
-            stored = store.edit(branch[-1].id, message)
+            before = self.transcript.messages[-1]
+        if before is not None:
+            stored = store.edit(before.id, message)
         else:
             stored = store.add_message(self.session.id, message)
-        editing = self._editing is not None
         self._leave_draft()
         store.set_draft(self.session.id, "", [])
         if text != PAGE_PROMPT:
             self.prompt.prompts = [text, *(t for t in self.prompt.prompts if t != text)]
         self._fill("")
         self.prompt.border_title = "Prompt"
-        self.app.begin_answer(self.session.id, self._params, parent=stored.id)
-        await self._show_branch(keep=not editing)
+        answer = self.app.begin_answer(self.session.id, self._params, parent=stored.id)
+        if before is not None or not self.transcript.messages:
+            await self._show_branch()
+        else:
+            await self.transcript.append([stored, store.message(answer.message_id)])
+            await self._catch_up()
 
     def _hint(self, text: str = "") -> None:
         """One line above the prompt about what is going on with it."""
@@ -456,7 +470,8 @@ class ChatScreen(Screen[None]):
         if not self.app.answers:
             self._clock.pause()
         self._tell_status()
-        self.refresh_bindings()
+        if self._message_focused:
+            self.refresh_bindings()
 
     async def _finish(self, message_id: int) -> None:
         message = self.app.store.message(message_id)

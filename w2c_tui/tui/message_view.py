@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from textual import on
@@ -16,6 +17,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.content import Content
+from textual.dom import DOMNode
 from textual.message import Message
 from textual.widgets import Markdown, Static, TextArea
 
@@ -73,6 +75,22 @@ class Prose(Markdown):
             await stream.stop()
 
 
+class CodeArea(TextArea):
+    """A read-only text area of which there may come and go thousands."""
+
+    def watch(
+        self,
+        obj: DOMNode,
+        attribute_name: str,
+        callback: Callable[..., Any],
+        init: bool = True,
+    ) -> None:
+        # Textual keeps what watches the application's theme until that changes. `take_theme` of
+        # the part that holds this one does the same without.
+        if obj is not self.app:
+            super().watch(obj, attribute_name, callback, init)
+
+
 class Code(Vertical):
     """A page or other code of an answer: a line about it and the code, as raw as can be shown."""
 
@@ -83,7 +101,7 @@ class Code(Vertical):
         self._growing = growing
         self._language = _ALIASES.get(block.language, block.language)
         self._title = Static(markup=False, classes="code-title")
-        self.area = TextArea(
+        self.area = CodeArea(
             text.removesuffix("\n"),
             language=self._language if self._language in _LANGUAGES else None,
             read_only=True,
@@ -104,9 +122,10 @@ class Code(Vertical):
         self._name_it()
         if self._growing:
             self.area.scroll_end(animate=False)
-        self.watch(self.app, "theme", self._take_theme)
+        self.take_theme()
 
-    def _take_theme(self) -> None:
+    def take_theme(self) -> None:
+        """Dark or light, as the application is."""
         self.area.theme = "monokai" if self.app.current_theme.dark else "github_light"
 
     def become(self, block: Block) -> None:

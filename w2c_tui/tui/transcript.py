@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from w2c_tui.tui.answer import Answer
     from w2c_tui.tui.message_view import MessageView
 
-FIRST, BATCH, MOST = 10, 10, 40
+FIRST, BATCH, MOST = 10, 8, 24
 """Messages that get a view on opening, on scrolling to an end, and at most."""
 
 
@@ -112,6 +112,18 @@ class Transcript(VerticalScroll, can_focus=False):
                     self.call_after_refresh(self.scroll_to_widget, target, animate=False, top=True)
         finally:
             self.call_after_refresh(self._settled)
+
+    async def append(self, messages: Sequence[StoredMessage]) -> None:
+        """New messages at the end, which comes into sight."""
+        if self._last != len(self.messages) or not self.messages:
+            await self.show([*self.messages, *messages], self._answers)
+            return
+        async with self._building:
+            self.messages += messages
+            self._last = len(self.messages)
+            await self.mount(*(_view(message, self._answers(message.id)) for message in messages))
+            self.anchor()
+            await self._prune(earlier=True)
 
     def replace(self, message: StoredMessage) -> None:
         """`message` as it is now."""
