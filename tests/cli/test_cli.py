@@ -233,6 +233,29 @@ def test_doctor_and_models_report_without_loading_anything(own_folders):
     assert "Apache-2.0" in w2c("models", "info", "smollm2").stdout
 
 
+def test_convert_writes_a_folder_that_generates_and_never_overwrites(
+    shots, page_writer, own_folders
+):
+    out = own_folders / "standard"
+    done = w2c("models", "convert", page_writer, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert (out / "w2c.json").exists()
+    flags = ["--dtype", "float32", "--temperature", "0", "--threads", "1", "--out", "-"]
+    assert w2c("generate", shots / "one.png", "--model", out, *flags).stdout == PAGE + "\n"
+    again = w2c("models", "convert", page_writer, "--out", out)
+    assert again.returncode == 1
+    assert "exists" in again.stderr
+
+
+def test_doctor_shows_the_placement_of_a_model_it_is_asked_about(tiny_llava, own_folders):
+    memory = ["--max-memory", "0=650KB", "--max-memory", "1=650KB", "--max-memory", "cpu=1GB"]
+    done = w2c("doctor", "--model", tiny_llava, "--dtype", "float32", *memory)
+    assert done.returncode == 0, done.stderr
+    assert "Placement of" in done.stdout
+    gpu = next(line for line in done.stdout.splitlines() if line.strip().startswith("GPU 0"))
+    assert "vision_tower" in gpu
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_scripts(shell):
     done = w2c("completion", shell)

@@ -40,7 +40,7 @@ from w2c_tui.backends.kv_cache import GrowingLayer, growing_cache
 from w2c_tui.backends.sampling import PromptLookup, TokenPicker
 from w2c_tui.backends.turn import AnswerText, fit_context
 from w2c_tui.core.catalog import find
-from w2c_tui.core.config import GenerationParams, LoadSpec, checked, paths
+from w2c_tui.core.config import DeviceShare, GenerationParams, LoadSpec, checked, paths
 from w2c_tui.core.conversation import Attachment, Message
 from w2c_tui.core.errors import (
     CheckpointError,
@@ -59,7 +59,8 @@ from w2c_tui.core.prompt import (
     image_list,
     render,
 )
-from w2c_tui.models.checkpoint import LoadedModel, load_model
+from w2c_tui.models.checkpoint import LoadedModel, load_model, open_checkpoint
+from w2c_tui.models.placement import device_shares
 from w2c_tui.models.tokenize import ImageSlot, PromptTokenizer, TextStream
 
 # Families whose language model sees nothing of an image but its features in place of tokens,
@@ -559,6 +560,25 @@ class HFBackend:
                 kept += 1
                 yield token
             self._crop(kept)
+
+
+def plan_placement(spec: LoadSpec, report: Report) -> tuple[DeviceShare, ...]:
+    """Where `HFBackend.load(spec)` would put the model; see `placement.device_shares`."""
+    with _library_errors():
+        source = locate(spec.name, paths().models, report)
+        checkpoint = open_checkpoint(
+            source,
+            trust_remote_code=spec.trust_remote_code,
+            report=report,
+            cache_dir=paths().models,
+        )
+        return device_shares(
+            checkpoint,
+            dtype=choose_dtype(spec.dtype),
+            device_map=spec.device_map,
+            max_memory=_memory_limits(spec.max_memory),
+            quantization=spec.quantization,
+        )
 
 
 def choose_dtype(name: str) -> torch.dtype:

@@ -8,18 +8,21 @@ import click
 
 from w2c_tui.cli import show_error
 from w2c_tui.cli.options import model_options, settings_from
-from w2c_tui.core.config import paths
+from w2c_tui.core.config import LoadSpec, paths
 from w2c_tui.core.errors import W2CError
 
 
-@click.command(epilog="Example:  w2c doctor --json")
+@click.command(
+    epilog="Examples:  w2c doctor --json   "
+    "w2c doctor --model llava-1.5-7b --load-4bit --max-memory 0=6GiB --max-memory cpu=20GiB"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @model_options
 def doctor(as_json: bool, **flags: Any) -> int:
     """Show what this machine has and which models fit.
 
     Also shows where settings, sessions, models and logs are kept, and whether the configuration
-    can be read.
+    can be read. With --model it also shows which device would hold what of that model.
     """
     import msgspec
 
@@ -65,4 +68,23 @@ def doctor(as_json: bool, **flags: Any) -> int:
             click.echo(f"  {label:<{width}}  {value}")
     if problem is not None:
         show_error(problem)
+    elif flags.get("model__name"):
+        _show_plan(settings_from(flags).model)
     return 1 if problem else 0
+
+
+def _show_plan(spec: LoadSpec) -> None:
+    """Which device would hold what of a model that the user named."""
+    from w2c_tui.cli.running import loading_progress
+    from w2c_tui.engine.client import EngineClient
+
+    with EngineClient(paths().engine_log) as engine, loading_progress() as report:
+        shares = engine.plan(spec, report)
+    click.secho(f"Placement of {spec.name}", bold=True)
+    if not shares:
+        click.echo("  unknown before it is loaded")
+    for share in shares:
+        name = f"GPU {share.device}" if share.device.isdigit() else share.device
+        first, last = share.modules[0] or "everything", share.modules[-1]
+        span = first if first == last or not last else f"{first} ... {last}"
+        click.echo(f"  {name:<6} {share.num_bytes / 1e9:7.2f} GB of weights  {span}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import click
 
@@ -112,6 +113,24 @@ def pull(names: tuple[str, ...]) -> None:
             if "/" in place and not os.path.exists(place):
                 place = str(fetch_from_hub(place, report))
         click.echo(f"{name}: {place}")
+
+
+@models.command(epilog="Example:  w2c models convert LLM360/CrystalChat-7B-Web2Code --out crystal/")
+@click.argument("source")
+@click.option("-o", "--out", required=True, metavar="DIR", help="The new folder.")
+def convert(source: str, out: str) -> None:
+    """Write the model SOURCE as a standard Hugging Face folder.
+
+    Published LLaVA-layout checkpoints and text GGUF files become safetensors with tokenizer,
+    processor and chat template, as other tools read them.
+    """
+    from w2c_tui.cli.running import loading_progress
+    from w2c_tui.engine.client import EngineClient
+
+    folder = Path(out).expanduser().absolute()
+    with EngineClient(paths().engine_log) as engine, loading_progress() as report:
+        engine.convert(source, folder, report)
+    click.echo(f"{source}: {folder}")
 
 
 def _entry(name: str) -> CatalogEntry:

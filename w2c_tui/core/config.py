@@ -65,6 +65,14 @@ class LoadSpec(
     threads: Annotated[int, Meta(ge=0, description="CPU threads; 0 is one per core.")] = 0
 
 
+class DeviceShare(msgspec.Struct, frozen=True, kw_only=True):
+    """What one device would hold of a model: a GPU's number, "cpu" or "disk"."""
+
+    device: str
+    modules: tuple[str, ...]
+    num_bytes: int
+
+
 class GenerationParams(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
 ):

@@ -19,7 +19,7 @@ import time
 import traceback
 from typing import BinaryIO
 
-from w2c_tui.backends.base import Backend, ModelInfo
+from w2c_tui.backends.base import Backend, ModelInfo, Report
 from w2c_tui.core.errors import ConfigError, EngineError, W2CError
 from w2c_tui.engine import wire
 
@@ -89,6 +89,19 @@ class Engine:
                 from w2c_tui.models.page_text import read_page_text
 
                 return wire.Done(ident, lines=read_page_text(open_image(request.image)))
+            case wire.Plan():
+                from w2c_tui.backends.hf import plan_placement
+
+                shares = plan_placement(request.spec, self._reporter(ident))
+                return wire.Done(ident, shares=shares)
+            case wire.Convert():
+                from w2c_tui.core.config import paths
+                from w2c_tui.core.locate import locate
+                from w2c_tui.models.checkpoint import convert
+
+                report = self._reporter(ident)
+                source = locate(request.source, paths().models, report)
+                convert(source, request.out, report, cache_dir=paths().models)
             case wire.Unload():
                 self._unload()
         return wire.Done(ident)
@@ -96,21 +109,25 @@ class Engine:
     def _load(self, request: wire.Load) -> ModelInfo:
         self._unload()
         backend = _backend(request.spec.backend)
+        info = backend.load(request.spec, self._reporter(request.request))
+        self._backend = backend
+        return info
+
+    def _reporter(self, ident: int) -> Report:
+        """Progress for request `ident`; raises EngineError once it is cancelled."""
         last = ("", 0.0)
 
         def report(phase: str, done: int, total: int) -> None:
-            if request.request in self._cancelled:
+            if ident in self._cancelled:
                 raise EngineError("Loading was cancelled.")
             # Every tensor reports; nobody needs to see more than ten of them in a second.
             nonlocal last
             now = time.monotonic()
             if phase != last[0] or now - last[1] > 0.1 or done == total:
                 last = (phase, now)
-                self._reply(wire.Progress(request.request, phase, done, total))
+                self._reply(wire.Progress(ident, phase, done, total))
 
-        info = backend.load(request.spec, report)
-        self._backend = backend
-        return info
+        return report
 
     def _unload(self) -> None:
         if self._backend is not None:

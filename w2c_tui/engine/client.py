@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from w2c_tui.backends.base import Event, ModelInfo, Report
-from w2c_tui.core.config import GenerationParams, LoadSpec, checked
+from w2c_tui.core.config import DeviceShare, GenerationParams, LoadSpec, checked
 from w2c_tui.core.conversation import Attachment, Message, TextLine
 from w2c_tui.core.errors import EngineCrashedError, EngineError, StoreError, error_named
 from w2c_tui.engine import wire
@@ -74,6 +74,15 @@ class EngineClient:
         """The lines of text on a screenshot, by text recognition in the engine process."""
         done = self._ask(lambda number: wire.ReadText(number, image))
         return done.lines or ()
+
+    def plan(self, spec: LoadSpec, report: Report | None = None) -> tuple[DeviceShare, ...]:
+        """What each device would hold of the model; empty where only loading it would tell."""
+        spec = checked(spec)
+        return self._ask(lambda number: wire.Plan(number, spec), report).shares or ()
+
+    def convert(self, source: str, out: Path, report: Report | None = None) -> None:
+        """Write the model `source` as a standard folder at `out`, which must not exist."""
+        self._ask(lambda number: wire.Convert(number, source, str(out)), report)
 
     def cancel(self) -> None:
         """End the running request, if any; it finishes with reason "cancelled"."""

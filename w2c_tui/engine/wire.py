@@ -12,7 +12,7 @@ from typing import BinaryIO, TypeVar
 import msgspec
 
 from w2c_tui.backends.base import Event, ModelInfo
-from w2c_tui.core.config import GenerationParams, LoadSpec
+from w2c_tui.core.config import DeviceShare, GenerationParams, LoadSpec
 from w2c_tui.core.conversation import Attachment, Message, TextLine
 
 
@@ -30,6 +30,21 @@ class Stream(msgspec.Struct, frozen=True, tag=True):
 class ReadText(msgspec.Struct, frozen=True, tag=True):
     request: int
     image: Attachment
+
+
+class Plan(msgspec.Struct, frozen=True, tag=True):
+    """Where would the model of `spec` be put? Nothing is loaded."""
+
+    request: int
+    spec: LoadSpec
+
+
+class Convert(msgspec.Struct, frozen=True, tag=True):
+    """Write the model `source` as a standard folder at `out`."""
+
+    request: int
+    source: str
+    out: str
 
 
 class Unload(msgspec.Struct, frozen=True, tag=True):
@@ -60,6 +75,7 @@ class Done(msgspec.Struct, frozen=True, tag=True):
     request: int
     info: ModelInfo | None = None
     lines: tuple[TextLine, ...] | None = None
+    shares: tuple[DeviceShare, ...] | None = None
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -71,7 +87,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     hint: str
 
 
-Request = Load | Stream | ReadText | Unload | Cancel
+Request = Load | Stream | ReadText | Plan | Convert | Unload | Cancel
 Reply = Progress | Emitted | Done | Failed
 
 T = TypeVar("T")

@@ -90,6 +90,21 @@ class CodeArea(TextArea):
         if obj is not self.app:
             super().watch(obj, attribute_name, callback, init)
 
+    def on_unmount(self) -> None:
+        # The subscription that Textual makes would keep the whole widget.
+        self.screen.text_selection_started_signal.unsubscribe(self)
+        self._forget_tree()
+
+    def _set_document(self, text: str, language: str | None) -> None:
+        self._forget_tree()
+        super()._set_document(text, language)
+
+    def _forget_tree(self) -> None:
+        """A syntax tree and its document hold each other where the garbage collector does not
+        see it."""
+        if "document" in vars(self):
+            vars(self.document).pop("_syntax_tree", None)
+
 
 class Code(Vertical):
     """A page or other code of an answer: a line about it and the code, as raw as can be shown."""
@@ -103,7 +118,6 @@ class Code(Vertical):
         self._title = Static(markup=False, classes="code-title")
         self.area = CodeArea(
             text.removesuffix("\n"),
-            language=self._language if self._language in _LANGUAGES else None,
             read_only=True,
             soft_wrap=True,
             show_cursor=False,
@@ -112,6 +126,8 @@ class Code(Vertical):
             max_checkpoints=1,
             compact=True,
         )
+        # Not given to the constructor, which would parse the text twice.
+        self.area.language = self._language if self._language in _LANGUAGES else None
         self.area.can_focus = False
 
     def compose(self) -> ComposeResult:

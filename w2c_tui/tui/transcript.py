@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from w2c_tui.tui.answer import Answer
     from w2c_tui.tui.message_view import MessageView
 
-FIRST, BATCH, MOST = 10, 8, 24
+FIRST, BATCH, MOST = 8, 6, 20
 """Messages that get a view on opening, on scrolling to an end, and at most."""
 
 
