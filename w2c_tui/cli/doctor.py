@@ -87,4 +87,6 @@ def _show_plan(spec: LoadSpec) -> None:
         name = f"GPU {share.device}" if share.device.isdigit() else share.device
         first, last = share.modules[0] or "everything", share.modules[-1]
         span = first if first == last or not last else f"{first} ... {last}"
-        click.echo(f"  {name:<6} {share.num_bytes / 1e9:7.2f} GB of weights  {span}")
+        size = share.num_bytes
+        weights = f"{size / 1e9:.2f} GB" if size > 1e8 else f"{size / 1e6:.2f} MB"
+        click.echo(f"  {name:<6} {weights:>9} of weights  {span}")
