@@ -7,10 +7,10 @@
 random numbers: rotary embedding, cache and scores, without the matrix products with weights, which
 are the same work in both. There the published module makes a T x T score matrix with a where-mask
 and joins keys and values anew in every step. `model prefill` and `model decode` are whole blocks
-with head, fused Conv1D projections against ours; they have no goal, as the weights' products
-dominate. `load` compares with reading the same files into memory, each from disk (the system's
-cache is emptied of them first) and in a process of its own. The exit status is 1 if a ratio misses
-its goal.
+with head, fused Conv1D projections against ours as the backend prepares them; they have no goal, as
+the weights' products dominate. `load` compares with reading the same files into memory, each from
+disk (the system's cache is emptied of them first) and in a process of its own. The exit status is 1
+if a ratio misses its goal.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import Cache
 
+from w2c_tui.backends import cpu
+from w2c_tui.backends.kv_cache import growing_cache
 from w2c_tui.models.checkpoint import load_model
 from w2c_tui.models.crystal import CrystalCoderConfig, CrystalCoderForCausalLM, rotary_cos_sin
 
@@ -169,13 +171,15 @@ def speed(args) -> dict[str, float]:
 
     with torch.inference_mode():
         attention(config, model, naive, compare, args.runs)
+        # As the backend runs it.
+        cpu.prepare(model, lambda *_: None)
         compare(
             "model prefill",
             args.runs,
             lambda: model(ids[:, :1024], use_cache=True, logits_to_keep=1),
             lambda: naive(ids[:, :1024]),
         )
-        cache = roomy_cache(config)
+        cache = growing_cache(config.n_layer)
         model(ids[:, :1500], past_key_values=cache, use_cache=True, logits_to_keep=1)
         past = naive(ids[:, :1500])[1]
 
@@ -207,10 +211,10 @@ def attention(config, model, naive, compare, runs: int) -> None:
     compare(
         "prefill",
         runs * 4,
-        lambda: run(0, 1024, roomy_cache(config)),
+        lambda: run(0, 1024, growing_cache(config.n_layer)),
         lambda: naive_run(0, 1024, None),
     )
-    cache = roomy_cache(config)
+    cache = growing_cache(config.n_layer)
     run(0, 1500, cache)
     past = naive_run(0, 1500, None)[1]
     torch.testing.assert_close(
@@ -225,34 +229,10 @@ def attention(config, model, naive, compare, runs: int) -> None:
     compare("decode", runs * 16, step, lambda: naive_run(1500, 1501, past))
 
 
-class RoomyLayer(DynamicLayer):
-    """Keys and values as views of a buffer, as the application keeps them while it decodes."""
-
-    buffers: list[torch.Tensor] = []  # noqa: RUF012
-    length = 0
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        if not self.buffers:
-            shape = (*key_states.shape[:2], 2048, key_states.shape[-1])
-            self.buffers = [key_states.new_empty(shape) for _ in range(2)]
-        end = self.length + key_states.shape[2]
-        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[:, :, self.length : end] = states
-        self.length = end
-        return tuple(buffer[:, :, :end] for buffer in self.buffers)
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-
-def roomy_cache(config: CrystalCoderConfig) -> Cache:
-    return Cache(layers=[RoomyLayer() for _ in range(config.n_layer)])
-
-
 def forget(cache: Cache) -> None:
     """Take the last step back."""
     for layer in cache.layers:
-        layer.length = min(layer.length, 1500)
+        layer.crop_to(1500)
 
 
 # --- Loading --------------------------------------------------------------------------------------

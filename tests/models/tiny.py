@@ -1,7 +1,7 @@
 """Builders of small random models, checkpoints and tokenizers for the tests of `w2c_tui.models`.
 
 Knows how published CrystalCoder and LLaVA checkpoints name and lay out their tensors, from
-facts/crystal.md alone; shares no code with the package.
+their descriptions alone; shares no code with the package.
 """
 
 from __future__ import annotations

@@ -7,9 +7,11 @@ import contextlib
 import io
 import time
 
+import msgspec
 import pytest
 from PIL import Image
 
+from tests.tiny import save_llama
 from w2c_tui.core.config import (
     GenerationParams,
     InterfaceSettings,
@@ -53,6 +55,29 @@ def settings(tiny_llama):
         generation=GenerationParams(temperature=0, max_new_tokens=40),
         interface=InterfaceSettings(pictures="half-cells"),
         ocr="off",
+    )
+
+
+@pytest.fixture(scope="session")
+def slow_llama(tmp_path_factory):
+    """Some 80 tokens/s, and with seed 2 it does not end by itself."""
+    return save_llama(
+        tmp_path_factory.mktemp("models") / "slow-llama",
+        hidden_size=384,
+        intermediate_size=768,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+    )
+
+
+@pytest.fixture
+def slow_settings(settings, slow_llama):
+    """For what is done while an answer is being written."""
+    return msgspec.structs.replace(
+        settings,
+        model=msgspec.structs.replace(settings.model, name=str(slow_llama)),
+        generation=GenerationParams(temperature=1.0, max_new_tokens=900, seed=2),
     )
 
 

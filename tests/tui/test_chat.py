@@ -2,34 +2,271 @@
 
 from __future__ import annotations
 
-from textual.widgets import Static
+import os
+import signal
+
+import msgspec
+import pytest
+from textual.widgets import Static, TextArea
 
 from tests.tui.conftest import wait_until
-from w2c_tui.tui.message_view import MessageView
+from w2c_tui.core.conversation import Message
+from w2c_tui.core.prompt import PAGE_PROMPT
+from w2c_tui.engine.client import EngineClient
+
+PAGE = "<!DOCTYPE html>\n<html><body>[bold]caf\u00e9[/bold] \x1b[31m\x07</body></html>"
 
 
-def statuses(store):
-    session = store.sessions()[0]
-    return [(m.role, m.status) for m in store.branch(session.id)]
+def branch(store):
+    return store.branch(store.sessions()[0].id)
+
+
+def foot(view):
+    return str(view.query_one(".message-foot", Static).content)
 
 
 async def send(pilot, text):
-    app = pilot.app
-    app.screen.prompt.text = text
+    screen = pilot.app.screen
+    before = len(screen.transcript.messages)
+    screen.prompt.text = text
     await pilot.press("enter")
-    await wait_until(pilot, lambda: app.screen.transcript.messages and not app.answers)
+    await wait_until(
+        pilot, lambda: len(screen.transcript.messages) > before and not pilot.app.answers
+    )
+
+
+async def focus(pilot, index):
+    view = pilot.app.screen.transcript.views[index]
+    view.focus()
+    await pilot.pause()
+    return view
+
+
+def answered(store, text, **finish):
+    """A session with one question and one answer of this text."""
+    session = store.create_session("Stored")
+    store.add_message(session.id, Message("user", "Question"))
+    with store.begin_answer(session.id, model="m") as answer:
+        answer.append(text)
+        answer.finish(**finish)
+    return session
 
 
 async def test_a_prompt_is_answered_shown_and_stored_byte_for_byte(start, store):
     async with start() as pilot:
         await send(pilot, "Prices?")
-        assert statuses(store) == [("user", "complete"), ("assistant", "partial")]
-        stored = store.branch(store.sessions()[0].id)[-1]
-        assert stored.text
-        assert stored.finish_reason == "length"
+        question, answer = branch(store)
+        assert (question.text, question.status) == ("Prices?", "complete")
+        assert (answer.status, answer.finish_reason) == ("partial", "length")
         view = pilot.app.screen.transcript.views[-1]
-        assert view.text == stored.text
-        assert "n continues it" in str(view.query_one(".message-foot", Static).content)
+        assert answer.text
+        assert view.text == answer.text
+        assert "n continues it" in foot(view)
         assert pilot.app.screen.prompt.text == ""
+        assert "context" in str(pilot.app.screen.query_one("#status", Static).content)
+
+
+async def test_the_next_turn_is_given_what_the_model_wrote(start, store):
+    async with start() as pilot:
+        await send(pilot, "One")
+        await send(pilot, "Two")
+        first, second = (m for m in branch(store) if m.role == "assistant")
+        assert second.stats["prompt_tokens"] > first.stats["context_used"]
+
+
+async def test_continue_writes_on_in_place(start, store):
+    async with start() as pilot:
+        await send(pilot, "Prices?")
+        before = branch(store)[-1].text
+        await focus(pilot, -1)
+        await pilot.press("n")
+        await wait_until(pilot, lambda: len(branch(store)[-1].text) > len(before))
+        await wait_until(pilot, lambda: not pilot.app.answers)
+        assert branch(store)[-1].text.startswith(before)
+        assert len(branch(store)) == 2
+        view = pilot.app.screen.transcript.views[-1]
+        await wait_until(pilot, lambda: view.text == branch(store)[-1].text)
+
+
+async def test_regenerate_keeps_both_answers_within_reach(start, store):
+    async with start() as pilot:
+        await send(pilot, "Prices?")
+        old = branch(store)[-1]
+        await focus(pilot, -1)
+        await pilot.press("r")
+        await wait_until(pilot, lambda: branch(store)[-1].id != old.id)
+        await wait_until(pilot, lambda: not pilot.app.answers)
+        new = branch(store)[-1]
+        assert new.siblings == (old.id, new.id)
+        view = await focus(pilot, -1)
+        assert "< 2/2 >" in str(view.query_one(".message-head", Static).content)
+        await pilot.press("left")
+        await wait_until(pilot, lambda: branch(store)[-1].id == old.id)
+        assert pilot.app.screen.transcript.views[-1].message.id == old.id
+
+
+async def test_an_edited_question_is_another_version_with_its_own_answer(start, store, picture):
+    async with start() as pilot:
+        await send(pilot, "First try")
+        await focus(pilot, 0)
+        await pilot.press("e")
+        await wait_until(pilot, lambda: pilot.app.screen.prompt.text == "First try")
+        await send_edited(pilot, "Second try", store)
+        question = branch(store)[0]
+        assert question.text == "Second try"
+        assert len(question.siblings) == 2
+
+
+async def send_edited(pilot, text, store):
+    pilot.app.screen.prompt.text = text
+    await pilot.press("enter")
+    await wait_until(pilot, lambda: branch(store)[0].text == text and not pilot.app.answers)
+
+
+async def test_an_edited_answer_leaves_the_old_one_alone(start, store):
+    answered(store, PAGE)
+    async with start() as pilot:
+        await wait_until(pilot, lambda: pilot.app.screen.transcript.views)
+        await focus(pilot, -1)
+        await pilot.press("e")
+        await wait_until(pilot, lambda: len(pilot.app.screen_stack) == 2)
+        pilot.app.screen.query_one(TextArea).text = "<p>mine</p>"
+        await pilot.press("ctrl+s")
+        await wait_until(pilot, lambda: branch(store)[-1].text == "<p>mine</p>")
+        old = branch(store)[-1].siblings[0]
+        assert store.message(old).text == PAGE
+
+
+async def test_delete_can_be_undone(start, store):
+    answered(store, "An answer")
+    async with start() as pilot:
+        await wait_until(pilot, lambda: pilot.app.screen.transcript.views)
+        await focus(pilot, -1)
+        await pilot.press("d")
+        await wait_until(pilot, lambda: len(branch(store)) == 1)
+        await pilot.press("alt+z")
+        await wait_until(pilot, lambda: len(branch(store)) == 2)
+        await wait_until(pilot, lambda: len(pilot.app.screen.transcript.views) == 2)
+
+
+async def test_a_fork_is_a_session_of_its_own_up_to_the_message(start, store):
+    old = answered(store, PAGE)
+    store.add_message(old.id, Message("user", "More"))
+    async with start() as pilot:
+        await wait_until(pilot, lambda: pilot.app.screen.transcript.views)
+        await focus(pilot, 1)
+        await pilot.press("f")
+        await wait_until(pilot, lambda: pilot.app.screen.session.id != old.id)
+        copied = store.branch(pilot.app.screen.session.id)
+        assert [m.text for m in copied] == ["Question", PAGE]
+        assert len(store.branch(old.id)) == 3
+
+
+async def test_copy_gives_the_raw_text_and_only_the_page(start, store):
+    answered(store, f"Here:\n\n```html\n{PAGE}\n```\n\nDone.")
+    async with start() as pilot:
+        await wait_until(pilot, lambda: pilot.app.screen.transcript.views)
+        await focus(pilot, -1)
+        await pilot.press("p")
+        await wait_until(pilot, lambda: pilot.app.clipboard == f"{PAGE}\n")
+        await pilot.press("c")
+        await wait_until(pilot, lambda: pilot.app.clipboard.startswith("Here:"))
+        assert PAGE in pilot.app.clipboard
+
+
+async def test_control_characters_and_markup_of_a_model_are_only_text(start, store):
+    answered(store, f"See [red]this[/red] \x1b]0;title\x07\n\n```html\n{PAGE}\n```")
+    async with start() as pilot:
+        await wait_until(pilot, lambda: pilot.app.screen.transcript.views)
         await pilot.pause()
-        assert isinstance(pilot.app.screen.transcript.views[0], MessageView)
+        shown = pilot.app.export_screenshot()
+        assert "[red]this[/red]" in shown.replace("&#160;", " ")
+        assert "[bold]caf" in shown
+        for screen_line in range(40):
+            strip = pilot.app.screen._compositor.render_strips()[screen_line]
+            assert not any(c in strip.text for c in "\x1b\x07")
+
+
+async def test_escape_stops_and_keeps_what_came(start, store, slow_settings):
+    async with start(settings=slow_settings) as pilot:
+        pilot.app.screen.prompt.text = "Write"
+        await pilot.press("enter")
+        answer = await wait_until(pilot, lambda: next(iter(pilot.app.answers.values()), None))
+        await wait_until(pilot, lambda: answer.num_pieces > 5)
+        await pilot.press("escape")
+        await wait_until(pilot, lambda: not pilot.app.answers)
+        stored = branch(store)[-1]
+        assert (stored.status, stored.finish_reason) == ("partial", "cancelled")
+        assert stored.text
+        view = pilot.app.screen.transcript.views[-1]
+        await wait_until(pilot, lambda: "Stopped" in foot(view))
+        assert view.text == stored.text
+
+
+async def test_a_killed_engine_is_said_and_one_key_goes_on(start, store, slow_settings, tmp_path):
+    with EngineClient(tmp_path / "engine.log") as engine:
+        async with start(engine=engine, settings=slow_settings) as pilot:
+            pilot.app.screen.prompt.text = "Write"
+            await pilot.press("enter")
+            answer = await wait_until(pilot, lambda: next(iter(pilot.app.answers.values()), None))
+            await wait_until(pilot, lambda: answer.num_pieces > 5)
+            os.kill(engine.pid, signal.SIGKILL)
+            await wait_until(pilot, lambda: not pilot.app.answers)
+            failed = branch(store)[-1]
+            assert failed.status == "error"
+            assert failed.text
+            view = pilot.app.screen.transcript.views[-1]
+            await wait_until(
+                pilot, lambda: "killed" in foot(view) and "r tries again" in foot(view)
+            )
+            await focus(pilot, -1)
+            await pilot.press("r")
+            answer = await wait_until(pilot, lambda: next(iter(pilot.app.answers.values()), None))
+            await wait_until(pilot, lambda: answer.num_pieces > 5, 60)
+            await pilot.press("escape")
+            await wait_until(pilot, lambda: not pilot.app.answers)
+            assert branch(store)[-1].id != failed.id
+            assert branch(store)[-1].status in ("complete", "partial")
+            assert branch(store)[-1].text
+
+
+async def test_a_model_that_does_not_exist_is_a_notice_with_ways_out(start, settings, tmp_path):
+    missing = msgspec.structs.replace(settings.model, name=str(tmp_path / "none"))
+    async with start(
+        settings=msgspec.structs.replace(settings, model=missing), loaded=False
+    ) as pilot:
+        await wait_until(pilot, lambda: pilot.app.model_state == "failed", 60)
+        notice = pilot.app.screen.query_one("#notice", Static)
+        await wait_until(pilot, lambda: "No model" in str(notice.content))
+        assert "Choose a model" in str(notice.content)
+
+
+async def test_an_empty_prompt_with_a_picture_asks_for_the_page(start, store, settings, tiny_llava):
+    from tests.backends.contract import picture as attachment
+
+    model = msgspec.structs.replace(settings.model, name=str(tiny_llava))
+    async with start(settings=msgspec.structs.replace(settings, model=model)) as pilot:
+        pilot.app.screen.add_picture(attachment("red"))
+        await pilot.press("enter")
+        await wait_until(pilot, lambda: pilot.app.screen.transcript.messages)
+        await wait_until(pilot, lambda: not pilot.app.answers)
+        question = branch(store)[0]
+        assert question.text == PAGE_PROMPT
+        assert [image.name for image in question.attachments] == ["red.png"]
+        assert branch(store)[-1].text
+        assert store.sessions()[0].title == "red.png"
+
+
+@pytest.mark.parametrize("size", [(80, 24), (40, 12), (200, 60)])
+async def test_it_resizes_while_streaming(start, slow_settings, size):
+    async with start(settings=slow_settings) as pilot:
+        pilot.app.screen.prompt.text = "Write"
+        await pilot.press("enter")
+        await wait_until(pilot, lambda: pilot.app.answers)
+        answer = next(iter(pilot.app.answers.values()))
+        await wait_until(pilot, lambda: answer.num_pieces > 3)
+        await pilot.resize_terminal(*size)
+        await wait_until(pilot, lambda: answer.num_pieces > 20)
+        await pilot.press("escape")
+        await wait_until(pilot, lambda: not pilot.app.answers)
+        assert pilot.app.size == size

@@ -118,6 +118,7 @@ class W2CApp(App[int]):
         engine: EngineClient | None = None,
     ) -> None:
         super().__init__()
+        _use_one_arena()
         self.settings = settings
         self.paths = paths
         self.store = store
@@ -440,6 +441,17 @@ class W2CApp(App[int]):
         if offered is not None:
             yield from offered()
         yield from super().get_system_commands(screen)
+
+
+def _use_one_arena() -> None:
+    """On glibc: let all threads share one heap. The threads that decode pictures would otherwise
+    keep tens of megabytes each, and none of them is in a hurry."""
+    import contextlib
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        arena_max = -8
+        ctypes.CDLL(None).mallopt(arena_max, 1)
 
 
 def _short(name: str) -> str:
