@@ -34,8 +34,10 @@ from transformers.utils import logging
 from tests.backends.contract import events, picture, stats, user
 from tests.tiny import byte_level_tokenizer, save_llava
 from w2c_tui.backends.hf import HFBackend
-from w2c_tui.core.config import GenerationParams, LoadSpec
+from w2c_tui.core.config import GenerationParams, LoadSpec, paths
 from w2c_tui.core.conversation import Message
+from w2c_tui.core.locate import locate
+from w2c_tui.models.checkpoint import open_checkpoint
 
 SHAPES = {
     # SmolLM2-135M and TinyLlama-1.1B.
@@ -107,7 +109,8 @@ def bench_decode(options: argparse.Namespace) -> None:
         print(f"{info.name}: {info.num_parameters / 1e6:.0f}M, {info.dtype}")
         backend._eos_ids = set()
         dtype = getattr(torch, info.dtype)
-        folder = backend._model.name_or_path or name
+        where = locate(name, paths().models, lambda *_: None)
+        folder = open_checkpoint(where, cache_dir=paths().models).folder
         plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         plain.generation_config.eos_token_id = None
         messages = [user("Write a web page about the sea. " * options.prompt)]

@@ -89,6 +89,7 @@ class ChatScreen(Screen[None]):
         self._params = GenerationParams()
         self._ocr = "auto"
         self._picture = ""
+        self._kept: tuple[object, ...] = ()
         self._typed_at = self._drawn_at = 0.0
         self._folder = Path.cwd()
 
@@ -159,8 +160,11 @@ class ChatScreen(Screen[None]):
         self.session = session
         self._defaults()
         saved = session.params
+        own = msgspec.to_builtins(msgspec.structs.asdict(self._params)) | saved.get(
+            "generation", {}
+        )
         with contextlib.suppress(msgspec.ValidationError):
-            self._params = msgspec.convert(saved.get("generation", {}), GenerationParams)
+            self._params = msgspec.convert(own, GenerationParams)
         self._ocr = saved.get("ocr", self._ocr)
         self._system = session.system_prompt
         self.draft = store.draft_attachments(session_id)
@@ -201,8 +205,10 @@ class ChatScreen(Screen[None]):
         assert self.session is not None
         store = self.app.store
         try:
-            if text != self.session.draft or self.draft != store.draft_attachments(self.session.id):
+            draft = (self.session.id, text, [(i.sha256, i.page_text) for i in self.draft])
+            if draft != self._kept:
                 store.set_draft(self.session.id, text, self.draft)
+                self._kept = draft
             place = self.transcript.in_sight()
             params = self._saved_params() | ({"place": place} if place else {})
             if params != self.session.params:
@@ -212,7 +218,11 @@ class ChatScreen(Screen[None]):
             self.app.show_error(error)
 
     def _saved_params(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"generation": msgspec.to_builtins(self._params)}
+        """What was chosen for this session; all else follows the settings."""
+        general = msgspec.structs.asdict(self.app.settings.generation)
+        own = msgspec.structs.asdict(self._params).items()
+        changed = {name: value for name, value in own if value != general[name]}
+        found: dict[str, Any] = {"generation": msgspec.to_builtins(changed)} if changed else {}
         if self._ocr != self.app.settings.ocr:
             found["ocr"] = self._ocr
         return found

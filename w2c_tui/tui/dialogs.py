@@ -97,6 +97,10 @@ class Keys(ModalScreen[None]):
 
 
 class _Pictures(DirectoryTree):
+    ICON_NODE = "+ "
+    ICON_NODE_EXPANDED = "- "
+    ICON_FILE = "  "
+
     def filter_paths(self, paths: Iterable[Path]) -> Iterable[Path]:
         shown = []
         for path in paths:

@@ -20,6 +20,7 @@ from textual.widgets.option_list import Option
 
 from w2c_tui.core.catalog import ENTRIES, CatalogEntry, PackagedFile, find, memory_needed
 from w2c_tui.core.config import LoadSpec
+from w2c_tui.core.errors import W2CError
 from w2c_tui.core.printable import printable
 from w2c_tui.tui.status_line import amount, progress, short_name
 
@@ -41,6 +42,7 @@ class ModelScreen(ModalScreen[None]):
         Binding("escape", "dismiss(None)", "Close"),
         Binding("ctrl+l", "load", "Load"),
         Binding("ctrl+u", "unload", "Unload", priority=True),
+        Binding("ctrl+d", "plan", "Plan", priority=True),
     ]
 
     app: W2CApp
@@ -79,6 +81,7 @@ class ModelScreen(ModalScreen[None]):
             with Horizontal(classes="dialog-buttons"):
                 yield Button("Load (Ctrl+L)", id="load", variant="primary", compact=True)
                 yield Button("Unload (Ctrl+U)", id="unload", compact=True)
+                yield Button("Plan (Ctrl+D)", id="plan", compact=True)
                 yield Button("Stop loading", id="stop-loading", compact=True)
                 yield Button("Close (Esc)", id="close", compact=True)
 
@@ -176,17 +179,47 @@ class ModelScreen(ModalScreen[None]):
     @on(Button.Pressed, "#load")
     @on(Input.Submitted)
     def action_load(self) -> None:
+        spec = self._spec()
+        if spec is not None:
+            self.app.cancel_answers()
+            self.app.load_model(spec)
+
+    def _spec(self) -> LoadSpec | None:
+        """What is picked; None while nothing is, or while another model is loading."""
         name = self.query_one("#name", Input).value.strip()
         if not name or self.app.model_state == "loading":
-            return
-        self.app.cancel_answers()
-        spec: LoadSpec = msgspec.structs.replace(
+            return None
+        return msgspec.structs.replace(
             self.app.spec,
             name=name,
             quantization=str(self.query_one("#quantization", Select).value),
             device_map=self.query_one("#device", Input).value.strip() or "auto",
         )
-        self.app.load_model(spec)
+
+    @on(Button.Pressed, "#plan")
+    def action_plan(self) -> None:
+        """Say which device would hold what, without loading."""
+        spec = self._spec()
+        if spec is not None:
+            self._say("Planning ...")
+            self._plan(spec)
+
+    @work(thread=True, exclusive=True, exit_on_error=False)
+    def _plan(self, spec: LoadSpec) -> None:
+        try:
+            shares = self.app.engine.plan(spec)
+        except W2CError as error:
+            text = str(error)
+        else:
+            parts = [f"{share.device}: {amount(share.num_bytes)}" for share in shares]
+            text = f"{short_name(spec.name)} would go to {', '.join(parts)}."
+            if not shares:
+                text = "Only loading it would tell where it goes."
+        self.app.call_later(self._say, text)
+
+    def _say(self, text: str) -> None:
+        if self.is_mounted:
+            self.query_one("#model-state", Static).update(printable(text))
 
     @on(Button.Pressed, "#unload")
     def action_unload(self) -> None:
@@ -221,7 +254,7 @@ class ModelScreen(ModalScreen[None]):
             text = str(error)
         else:
             text = "No model is loaded."
-        self.query_one("#model-state", Static).update(printable(text))
+        self._say(text)
 
 
 def _local(models: Path) -> list[str]:

@@ -24,8 +24,8 @@ EXAMPLE = Path(__file__).with_name("example.png")
 """A screenshot to try: a page made with Bootstrap (MIT licence)."""
 
 _HOW = """\
-Give it a screenshot of a web page; it writes the page's code, on this machine.
-Paste or drop a picture file, or press Ctrl+V for the clipboard, Ctrl+T for a list.
+Give it a screenshot of a web page and it writes the code, on this machine.
+Paste or drop a picture; Ctrl+V takes the clipboard, Ctrl+T lists files.
 Then press Enter. Esc stops. F1 shows all keys, Ctrl+P finds every command.
 """
 _TEXT_ONLY = """\
