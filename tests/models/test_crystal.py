@@ -33,7 +33,7 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-# --- The reference: the published arithmetic in numpy float64, one sequence, no cache -----------------------------------
+# --- The reference: the published arithmetic in numpy float64, one sequence, no cache -------------
 
 
 def reference_logits(config, published, inputs_embeds: np.ndarray) -> np.ndarray:
