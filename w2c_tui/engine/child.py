@@ -63,13 +63,18 @@ class Engine:
             self._cancelled.discard(request.request)
 
     def _read_requests(self) -> None:
-        while (request := wire.read_frame(self._requests, wire.request_decoder)) is not None:
-            if isinstance(request, wire.Cancel):
-                self._cancelled.add(request.request)
-            else:
-                self._waiting.put(request)
-        # The front end is gone; a native call may be running, so do not wait for anything.
-        os._exit(0)
+        status = 1
+        try:
+            while (request := wire.read_frame(self._requests, wire.request_decoder)) is not None:
+                if isinstance(request, wire.Cancel):
+                    self._cancelled.add(request.request)
+                else:
+                    self._waiting.put(request)
+            status = 0
+        finally:
+            # The front end is gone, or would wait for ever, as when this thread ran out of memory.
+            # A native call may be running, so do not wait for anything.
+            os._exit(status)
 
     def _answer(self, request: wire.Request) -> wire.Reply:
         ident = request.request

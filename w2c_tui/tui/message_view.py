@@ -116,6 +116,7 @@ class Code(Vertical):
         self._growing = growing
         self._language = _ALIASES.get(block.language, block.language)
         self._title = Static(markup=False, classes="code-title")
+        self._named = ""
         self.area = CodeArea(
             text.removesuffix("\n"),
             read_only=True,
@@ -161,8 +162,9 @@ class Code(Vertical):
             area.insert(text[len(shown) :], area.document.end)
         else:
             area.load_text(text)
+        if self._growing:
+            area.scroll_end(animate=False)
         self._name_it()
-        area.scroll_end(animate=False)
 
     async def settle(self) -> None:
         if self._growing:
@@ -175,7 +177,11 @@ class Code(Vertical):
         num_lines = self._shown.removesuffix("\n").count("\n") + 1
         more = "" if self._kind != "page" else "   p copies it, x shows all of it"
         lines = "1 line" if num_lines == 1 else f"{num_lines:,} lines"
-        self._title.update(f"{name}, {lines}, {_size(len(self._shown))}{more}", layout=False)
+        # Counting along would draw one more widget with every piece.
+        title = name if self._growing else f"{name}, {lines}, {_size(len(self._shown))}{more}"
+        if title != self._named:
+            self._named = title
+            self._title.update(title, layout=False)
 
 
 class Thumbnail(Horizontal):

@@ -218,7 +218,7 @@ class ModelScreen(ModalScreen[None]):
         self.app.call_later(self._say, text)
 
     def _say(self, text: str) -> None:
-        if self.is_mounted:
+        if self.is_attached:
             self.query_one("#model-state", Static).update(printable(text))
 
     @on(Button.Pressed, "#unload")
@@ -263,7 +263,7 @@ def _local(models: Path) -> list[str]:
     try:
         for path in sorted(models.rglob("*")):
             known = any(
-                isinstance(entry.source, PackagedFile) and entry.source.name in str(path)
+                isinstance(entry.source, PackagedFile) and Path(entry.source.name).stem in str(path)
                 for entry in ENTRIES
             )
             if not known and (path.suffix == ".gguf" or path.name == "config.json"):
