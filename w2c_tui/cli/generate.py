@@ -124,7 +124,7 @@ class _Run:
     def one(
         self, engine: Any, info: ModelInfo, image: str, target: Path | None, counter: str
     ) -> Outcome:
-        from w2c_tui.cli.running import Rate, attach, console, status, write_result
+        from w2c_tui.cli.running import Rate, attach, console, write_result
         from w2c_tui.core.artifact import best_page
         from w2c_tui.core.conversation import Message
         from w2c_tui.core.page_text import begun_page
@@ -154,8 +154,6 @@ class _Run:
             line = None
             if console.is_terminal:
                 line = stack.enter_context(console.status(f"{title}: reading"))
-            else:
-                stack.enter_context(status(title))
             for event in engine.stream(messages, params):
                 if isinstance(event, Text):
                     raw.append(event.delta)
