@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from w2c_tui import __version__
-from w2c_tui.cli import run
 from w2c_tui.cli.options import generation_options, model_options, settings_from
+from w2c_tui.console import run
 
 
 @click.command(

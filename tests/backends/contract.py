@@ -185,7 +185,7 @@ class BackendContract:
         found = events(vision, messages, GREEDY, after_some_asking)
         assert finish(found).reason == "cancelled"
         assert not text_of(found)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20
         assert text_of(events(vision, messages)) == whole
 
     def test_leaving_the_stream_early_leaves_a_working_backend(self, text):

@@ -66,7 +66,8 @@ def test_incremental_logits_equal_one_forward_pass_of_the_model(llava):
     """Chunks, a cache and spliced features against `model(input_ids, pixel_values)`."""
     red, blue = picture("red"), picture("blue", (30, 80))
     messages = conversation(red, blue)
-    units, ids = llava._encode(messages)
+    prompt = llava.encode(messages)
+    units, ids = prompt.units, prompt.ids
     with torch.inference_mode():
         pixels = torch.stack(
             [
@@ -87,20 +88,18 @@ def test_incremental_logits_equal_one_forward_pass_of_the_model(llava):
 def test_kept_context_gives_the_logits_of_a_fresh_run(llava, tiny_llava):
     messages = conversation(picture("red"))
     events(llava, messages[:1])
-    units, _ = llava._encode(messages)
     with torch.inference_mode():
-        *_, kept = llava._prefill(units)
+        *_, kept = llava.read(llava.encode(messages))
         other = load(tiny_llava)
-        other_units, _ = other._encode(messages)
-        *_, fresh = other._prefill(other_units)
-    assert (kept - fresh).abs().max() < 1e-4
+        *_, fresh = other.read(other.encode(messages))
+    assert abs(kept - fresh).max() < 1e-4
 
 
 def test_greedy_text_equals_transformers_generate(tiny_llama):
     backend = load(tiny_llama)
     messages = [user("Write a page with prices")]
     ours = text_of(events(backend, messages))
-    _, ids = backend._encode(messages)
+    ids = backend.encode(messages).ids
     inputs = torch.tensor([ids])
     output = backend._model.generate(
         inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=24, do_sample=False

@@ -121,7 +121,7 @@ def test_sliding_window_attention_equals_generate_far_past_the_window(tmp_path):
     messages = [user("Write a page with many words and prices in it")]
     for _ in range(2):
         ours = text_of(events(backend, messages))
-        _, ids = backend._encode(messages)
+        ids = backend.encode(messages).ids
         inputs = torch.tensor([ids])
         output = model.eval().generate(
             inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=24, do_sample=False

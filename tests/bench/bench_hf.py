@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -70,33 +71,41 @@ def ours(backend: HFBackend, messages: list[Message], count: int) -> float:
     return stats(events(backend, messages, params)).tokens_per_s
 
 
-def theirs(
-    model: PreTrainedModel, backend: HFBackend, messages: list[Message], count: int
-) -> float:
-    _, ids = backend._encode(messages)
-    inputs = torch.tensor([ids])
-    first = []
+def generate(
+    model: PreTrainedModel, tokenizer: Any, inputs: dict[str, torch.Tensor], count: int
+) -> tuple[float, float, str]:
+    """`model.generate` with a streamer in a thread, as chat programs do: seconds to the first
+    token and to the last, and the text."""
+    at = []
 
     class Timed(TextIteratorStreamer):
         def put(self, value: torch.Tensor) -> None:
             if value.numel() == 1:
-                first.append(time.perf_counter())
+                at.append(time.perf_counter())
             super().put(value)
 
-    streamer = Timed(backend._loaded.tokenizer, skip_prompt=True)
+    streamer = Timed(tokenizer, skip_prompt=True)
     arguments = {
-        "inputs": inputs,
-        "attention_mask": torch.ones_like(inputs),
+        **inputs,
+        "attention_mask": torch.ones_like(inputs["input_ids"]),
         "streamer": streamer,
         "max_new_tokens": count,
         "do_sample": False,
     }
+    began = time.perf_counter()
     worker = threading.Thread(target=model.generate, kwargs=arguments)
     worker.start()
-    for _ in streamer:
-        pass
+    text = "".join(streamer)
     worker.join()
-    return (len(first) - 1) / (first[-1] - first[0])
+    return at[0] - began, at[-1] - began, text
+
+
+def theirs(
+    model: PreTrainedModel, backend: HFBackend, messages: list[Message], count: int
+) -> float:
+    inputs = {"input_ids": torch.tensor([backend.encode(messages).ids])}
+    first, last, _ = generate(model, backend._loaded.tokenizer, inputs, count)
+    return (count - 1) / (last - first)
 
 
 def bench_decode(options: argparse.Namespace) -> None:

@@ -4,74 +4,17 @@ from __future__ import annotations
 
 import io
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from textual.binding import Binding
 
 from tests.bench.bench_tui import PAGE
-from w2c_tui.backends.base import Event, Finished, ModelInfo, Prefill, Stats, Text
-from w2c_tui.core.config import GenerationParams, LoadSpec, Settings, paths
+from tests.tui.scripted import ScriptedEngine
+from w2c_tui.core.config import Settings, paths
 from w2c_tui.core.conversation import Message
 from w2c_tui.core.image import attachment_from_bytes
 from w2c_tui.core.store import Store
-from w2c_tui.engine.client import EngineClient
 from w2c_tui.tui.app import W2CApp
-
-INFO = ModelInfo(
-    name="scripted",
-    backend="none",
-    family="none",
-    template="none",
-    reads_images=True,
-    context_length=8192,
-    num_parameters=1,
-    dtype="float32",
-    quantization="none",
-    devices=("cpu",),
-    incremental=True,
-    load_time_s=0.0,
-)
-STATS = Stats(
-    prompt_tokens=10,
-    reused_tokens=0,
-    new_tokens=3500,
-    time_to_first_token_s=0.1,
-    tokens_per_s=100.0,
-    total_s=1.0,
-    peak_memory_bytes=0,
-    context_used=10,
-    context_length=8192,
-    seed=0,
-)
-
-
-class ScriptedEngine(EngineClient):
-    """Sends `text` in pieces of 4 characters, `rate` of them in a second (0: at once)."""
-
-    def __init__(self, text: str, rate: float) -> None:
-        super().__init__(Path("engine.log"))
-        self._text = text
-        self._rate = rate
-
-    @property
-    def pid(self) -> int | None:
-        return 1
-
-    def load(self, spec: LoadSpec, report: Any = None) -> ModelInfo:
-        self.model = INFO
-        return INFO
-
-    def stream(self, messages: Sequence[Message], params: GenerationParams) -> Iterator[Event]:
-        yield Prefill(10, 10)
-        began = time.monotonic()
-        for number, at in enumerate(range(0, len(self._text), 4)):
-            if self._rate:
-                time.sleep(max(0.0, began + number / self._rate - time.monotonic()))
-            yield Text(self._text[at : at + 4])
-        yield Finished("stop", STATS)
 
 
 class Scripted(W2CApp):
@@ -98,7 +41,9 @@ class Scripted(W2CApp):
             if turn < 200:
                 buffer = io.BytesIO()
                 Image.new("RGB", (1280, 800), (turn, 90, 255 - turn)).save(buffer, "PNG")
-                screen.add_picture(attachment_from_bytes(buffer.getvalue(), f"shot-{turn}.png"))
+                screen.composer.add_picture(
+                    attachment_from_bytes(buffer.getvalue(), f"shot-{turn}.png")
+                )
             screen.prompt.put(f" Question {turn}")
             screen.prompt.action_send()
             await asyncio.sleep(0)

@@ -226,7 +226,7 @@ def test_doctor_and_models_report_without_loading_anything(own_folders):
     report = json.loads(doctor.stdout)
     assert report["machine"]["memory_bytes"] > 1e8
     assert report["paths"]["sessions"].startswith(str(own_folders))
-    assert report["model"] == "smollm2-135m"
+    assert report["model"] == "w2c-nano"
     assert "crystalchat-7b-web2code" in w2c("doctor").stdout
     assert "crystalchat-7b-web2code" in w2c("models", "list").stdout
     assert {e["id"] for e in json.loads(w2c("models", "list", "--json").stdout)} > {"smollm2-135m"}
@@ -278,7 +278,15 @@ def test_front_ends_start_in_a_blink_and_import_nothing_heavy(arguments):
 
 
 @pytest.mark.parametrize(
-    "module", ["w2c_tui.cli.running", "w2c_tui.cli.chat", "w2c_tui.__main__", "w2c_tui.core.store"]
+    "module",
+    [
+        "w2c_tui.cli.running",
+        "w2c_tui.cli.chat",
+        "w2c_tui.cli.watch",
+        "w2c_tui.__main__",
+        "w2c_tui.core.store",
+        "w2c_tui.web.preview_sources",
+    ],
 )
 def test_front_end_modules_import_no_runtime(module):
     script = (

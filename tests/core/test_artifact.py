@@ -207,6 +207,11 @@ def test_a_page_start_that_was_announced_stays(text: str) -> None:
         known = start
 
 
+def test_a_fragment_that_ends_within_its_first_tag_is_an_unfinished_page() -> None:
+    (page,) = find_pages("<p\n")
+    assert (page.html, page.complete) == ("<p\n", False)
+
+
 @settings(deadline=None, max_examples=300)
 @given(text=TEXTS)
 def test_pages_are_slices_in_order(text: str) -> None:

@@ -9,12 +9,14 @@ from w2c_tui.core.catalog import (
     DEFAULT,
     ENTRIES,
     WORKING_BYTES,
+    BundledModel,
     CatalogEntry,
     PackagedFile,
     find,
     fits,
     memory_needed,
 )
+from w2c_tui.core.config import LoadSpec
 from w2c_tui.core.prompt import TEMPLATES
 
 
@@ -46,8 +48,12 @@ def test_names_are_found_in_any_case_and_unknown_ones_are_not() -> None:
     assert find("") is None
 
 
-def test_default_is_a_packaged_file_that_needs_no_hub() -> None:
-    source = entry(DEFAULT).source
+def test_default_comes_with_the_package_and_needs_no_hub() -> None:
+    bundled = entry(DEFAULT).source
+    assert isinstance(bundled, BundledModel)
+    assert LoadSpec().name == DEFAULT
+    assert sum(file.stat().st_size for file in bundled.path.iterdir()) < 90_000_000
+    source = entry(bundled.language_model).source
     assert isinstance(source, PackagedFile)
     assert source.name == "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert len(source.sha256) == 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from w2c_tui.core.conversation import TextLine
@@ -14,7 +15,7 @@ def line(text: str, left: int, top: int, right: int, bottom: int) -> TextLine:
 
 def rows(*lines: TextLine, size: tuple[int, int] = (1000, 2000)) -> list[str]:
     header, *rest = format_page_text(lines, size).split("\n")
-    assert header == HEADER
+    assert header == HEADER.format(width=size[0], height=size[1], colors="")
     return rest
 
 
@@ -23,7 +24,8 @@ def test_block_has_this_exact_form() -> None:
         [line("Start Bootstrap", 113, 14, 266, 42), line("Home", 967, 16, 1158, 39)], (1280, 1460)
     )
     assert text == (
-        "Text on the page (left top width size text):\n9 1 12 22 Start Bootstrap\n76 1 15 18 Home"
+        "Text on the page, 1280 px wide, 1460 px high (left top width size text):\n"
+        "9 1 12 22 Start Bootstrap\n76 1 15 18 Home"
     )
 
 
@@ -86,3 +88,34 @@ def test_line_breaks_and_blank_lines_in_text_cannot_break_the_form() -> None:
 
 def test_page_without_size_is_no_division_by_zero() -> None:
     assert rows(line("x", 0, 0, 1, 1), size=(0, 0)) == ["0 0 100 1000 x"]
+
+
+def test_colours_stand_before_the_text_where_every_line_has_them() -> None:
+    def colored(text: str, top: int, ink: tuple, ground: tuple) -> TextLine:
+        return TextLine(text, (100, top, 300, top + 20), ink=ink, ground=ground)
+
+    lines = [
+        colored("Sign in", 100, (254, 255, 253), (65, 105, 225)),
+        colored("Read more", 200, (30, 33, 35), (255, 254, 255)),
+    ]
+    header, *rest = format_page_text(lines, (1000, 500)).split("\n")
+    assert header == HEADER.format(width=1000, height=500, colors=" ink ground")
+    assert rest == ["10 10 20 20 white royalblue Sign in", "10 20 20 20 #222 white Read more"]
+    without = [*lines, line("Plain", 10, 300, 90, 320)]
+    assert "royalblue" not in format_page_text(without, (1000, 500))
+
+
+def test_lines_on_different_backgrounds_are_no_paragraph() -> None:
+    first = line("Bootstrap utility classes are used to create", 100, 100, 800, 130)
+    second = line("this jumbotron since the old component was", 100, 136, 780, 166)
+    ink, white, red = (0, 0, 0), (255, 255, 255), (220, 20, 60)
+
+    def text(ground: tuple[int, int, int]) -> str:
+        lines = [
+            msgspec.structs.replace(first, ink=ink, ground=white),
+            msgspec.structs.replace(second, ink=ink, ground=ground),
+        ]
+        return format_page_text(lines, (1000, 2000))
+
+    assert text(white).count("\n") == 1
+    assert text(red).count("\n") == 2

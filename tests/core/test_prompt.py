@@ -181,3 +181,14 @@ def test_templates_are_sandboxed_and_their_errors_are_ours():
     ):
         with pytest.raises(PromptError):
             render([user("Q")], ChatTemplate(source))
+
+
+def test_a_template_that_knows_no_images_has_them_written_into_the_text():
+    template = ChatTemplate(
+        source="{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}",
+        image_token="<mark>",
+    )
+    segments = render([user("Code <mark>?", IMAGE, IMAGE), answer("a"), user("b")], template)
+    assert [segment.kind for segment in segments if segment.kind != "text"] == ["image", "image"]
+    shown = as_text(segments, image="(picture)")
+    assert shown == "[user](picture)\n(picture)\nCode <mark>?[assistant]a[user]b"

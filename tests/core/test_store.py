@@ -693,14 +693,97 @@ def test_messages_whose_session_is_lost_are_recovered_in_a_new_one(path: Path) -
     place = pages.find(b"s" * 300 + b"50") // 4096 * 4096
     pages[place : place + 4096] = bytes([255]) * 4096
     path.write_bytes(pages)
-    with contextlib.suppress(StoreError), Store.open(path) as store:
-        store.sessions()
     with Store.open(path) as store:
         assert store.recovery is not None
         assert store.recovery.num_messages == 100
         lost = [session for session in store.sessions() if session.title == "Recovered"]
         assert lost
         assert all(len(store.branch(session.id)) == 1 for session in store.sessions())
+
+
+def sixty_messages(path: Path) -> bytearray:
+    """A database of sixty messages in three sessions, each message on a page of its own."""
+    with Store.open(path) as store:
+        for number in range(3):
+            session = store.create_session(f"session {number}")
+            for line in range(20):
+                store.add_message(session.id, user(f"line {line} " + "x" * 3000))
+    return bytearray(path.read_bytes())
+
+
+def in_all(store: Store) -> int:
+    return sum(len(store.tree(session.id)) for session in store.sessions())
+
+
+@pytest.mark.parametrize("length", [16, 100, 4096])
+def test_a_database_without_its_beginning_loses_nothing(path: Path, length: int) -> None:
+    content = sixty_messages(path)
+    content[:length] = os.urandom(length)
+    path.write_bytes(content)
+    with Store.open(path) as store:
+        assert store.recovery is not None
+        assert store.recovery.num_messages == in_all(store) == 60
+        assert store.recovery.moved_to.read_bytes() == content
+        assert store.recovery.moved_to.name.startswith("sessions-damaged-")
+        assert "60 messages were saved from it" in str(store.recovery)
+        check_index(store)
+    assert not list(path.parent.glob(".salvage-*")), "a copy is left"
+
+
+def test_what_is_left_of_a_truncated_database_is_read(path: Path) -> None:
+    content = sixty_messages(path)
+    path.write_bytes(content[: len(content) // 4096 * 2 // 3 * 4096])
+    with Store.open(path) as store:
+        assert store.recovery is not None
+        assert store.recovery.num_messages == in_all(store) > 20
+        assert store.search("line")
+
+
+def test_damage_in_many_places_costs_what_was_there(path: Path) -> None:
+    content = sixty_messages(path)
+    lost = [content.find(b"line %d x" % line) // 4096 * 4096 for line in (3, 9, 10, 15)]
+    for place in lost:
+        content[place : place + 4096] = b"\xff" * 4096
+    path.write_bytes(content)
+    for _ in range(2):
+        with contextlib.suppress(StoreError), Store.open(path) as store:
+            in_all(store)
+            break
+    with Store.open(path) as store:
+        assert in_all(store) == 60 - len(lost)
+
+
+def test_damage_in_the_session_used_last_is_found_on_opening(path: Path) -> None:
+    content = sixty_messages(path)
+    place = content.rfind(b"line 19 x") // 4096 * 4096
+    content[place : place + 4096] = b"\xff" * 4096
+    path.write_bytes(content)
+    with Store.open(path) as store:
+        assert store.recovery is not None
+        assert in_all(store) == 59
+
+
+def test_reading_a_damaged_file_out_is_taken_up_again(path: Path) -> None:
+    """Killed after the file was set aside, before anything was read out of it."""
+    content = sixty_messages(path)
+    content[:100] = bytes(100)
+    path.write_bytes(content)
+    kill = """
+        import os, sys
+        from pathlib import Path
+        from w2c_tui.core import database
+        from w2c_tui.core.store import Store
+        database._salvage = lambda *_: os._exit(9)
+        Store.open(Path(sys.argv[1]))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(kill), str(path)])
+    assert done.returncode == 9
+    with Store.open(path) as store:
+        assert store.recovery is not None
+        assert in_all(store) == 60
+    with Store.open(path) as store:
+        assert store.recovery is None
+        assert in_all(store) == 60
 
 
 def test_two_processes_that_find_damage_set_it_aside_once(path: Path) -> None:
@@ -710,7 +793,7 @@ def test_two_processes_that_find_damage_set_it_aside_once(path: Path) -> None:
     processes = [run_script(body, path) for _ in range(3)]
     seen = sorted(process.communicate()[0].strip() for process in processes)
     assert seen == ["False", "False", "True"]
-    assert len(list(path.parent.glob("sessions.db.damaged-*"))) == 1
+    assert len(list(path.parent.glob("sessions-damaged-*.db"))) == 1
 
 
 # ── search ────────────────────────────────────────────────────────────────────────────────────

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import http.server
 import json
 import os
 import pickle
 import shutil
-import threading
-import urllib.parse
 from pathlib import Path
 
 import pytest
@@ -28,6 +24,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from tests.core.hub_server import hub, offer
 from w2c_tui.core.errors import (
     CheckpointError,
     DownloadError,
@@ -52,6 +49,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*swigvarlink.*:DeprecationWarning"),
 ]
 EMBEDS = "model.language_model.embed_tokens.weight"
+
+
+__all__ = ["hub"]
 
 
 @pytest.fixture(autouse=True)
@@ -915,60 +915,6 @@ def test_a_hub_that_cannot_be_reached_says_so(monkeypatch):
         load_model("LLM360/CrystalChat-7B-Web2Code")
 
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A model hub on this machine that offers the folders put into it as owner/name."""
-    root = tmp_path / "served"
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-        def do_HEAD(self):
-            self.do_GET()
-
-        def do_GET(self):
-            path = urllib.parse.urlparse(self.path).path.strip("/")
-            parts = path.removeprefix("api/models/").split("/")
-            folder = root / parts[0] / parts[1]
-            if not folder.is_dir():
-                return self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-            if not path.startswith("api/"):
-                content = (folder / "/".join(parts[4:])).read_bytes()
-                tag = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": "a" * 40}
-                return self.answer(200, content, tag)
-            if "tree" in parts:
-                files = [
-                    {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0"}
-                    for file in folder.iterdir()
-                ]
-                return self.answer(200, json.dumps(files).encode(), {})
-            files = [{"rfilename": file.name} for file in folder.iterdir()]
-            info = {"id": "/".join(parts[:2]), "sha": "a" * 40, "siblings": files}
-            return self.answer(200, json.dumps(info).encode(), {})
-
-        def answer(self, status, content, headers):
-            self.send_response(status)
-            for name, value in {**headers, "Content-Length": len(content)}.items():
-                self.send_header(name, str(value))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(content)
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
-    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-    yield root
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
 def test_a_hub_name_is_downloaded_once_without_what_is_not_needed(hub, monkeypatch):
     tensors = write_crystal(hub / "someone" / "model", form="bin")
     tiny.write_safetensors(hub / "someone" / "model", tensors)
@@ -990,3 +936,10 @@ def test_a_hub_name_is_downloaded_once_without_what_is_not_needed(hub, monkeypat
 def test_a_hub_name_that_does_not_exist_says_so(hub):
     with pytest.raises(ModelNotFoundError, match="no public model of that name"):
         load_model("someone/nothing")
+
+
+def test_gguf_files_of_a_hub_are_no_folder_to_open(hub):
+    offer(hub, "m-Q4_K_M.gguf", "m-Q8_0.gguf")
+    with pytest.raises(ModelNotFoundError, match="holds GGUF files") as caught:
+        load_model("someone/files")
+    assert "someone/files:Q8_0" in caught.value.hint

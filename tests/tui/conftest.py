@@ -24,7 +24,7 @@ from w2c_tui.engine.client import EngineClient
 from w2c_tui.tui.app import W2CApp
 
 
-async def wait_until(pilot, condition, timeout_s=30.0):
+async def wait_until(pilot, condition, timeout_s=60.0):
     """Let the application run until `condition()` is true, and its value."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
@@ -60,8 +60,11 @@ def settings(tiny_llama):
 
 @pytest.fixture(scope="session")
 def slow_llama(tmp_path_factory):
-    """Some 80 tokens/s, and with seed 2 it does not end by itself."""
-    return save_llama(
+    """Some 80 tokens/s, and it does not end by itself: the end has next to no probability."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    folder = save_llama(
         tmp_path_factory.mktemp("models") / "slow-llama",
         hidden_size=384,
         intermediate_size=768,
@@ -69,6 +72,10 @@ def slow_llama(tmp_path_factory):
         num_attention_heads=6,
         num_key_value_heads=6,
     )
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.lm_head.weight.data[model.config.eos_token_id] = 0
+    model.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
@@ -88,7 +95,8 @@ def start(own_folders, store, settings, shared_engine):
     @contextlib.asynccontextmanager
     async def start(size=(120, 40), *, engine=shared_engine, loaded=True, **options):
         chosen = options.pop("settings", settings)
-        app = W2CApp(chosen, paths(), store, engine=engine, **options)
+        sessions = options.pop("store", store)
+        app = W2CApp(chosen, paths(), sessions, engine=engine, **options)
         async with app.run_test(size=size) as pilot:
             if loaded:
                 await wait_until(pilot, lambda: app.model_state == "ready", 60)

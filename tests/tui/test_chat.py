@@ -7,14 +7,22 @@ import signal
 
 import msgspec
 import pytest
+from textual import events
 from textual.widgets import Static, TextArea
 
+from tests.backends.contract import picture as attachment
 from tests.tui.conftest import wait_until
-from w2c_tui.core.conversation import Message
+from tests.tui.scripted import STATS, ScriptedEngine
+from w2c_tui.core.config import GenerationParams
+from w2c_tui.core.conversation import Message, TextLine
+from w2c_tui.core.errors import OutOfMemoryError
 from w2c_tui.core.prompt import PAGE_PROMPT
 from w2c_tui.engine.client import EngineClient
 
 PAGE = "<!DOCTYPE html>\n<html><body>[bold]caf\u00e9[/bold] \x1b[31m\x07</body></html>"
+
+LINES = "".join(f"<p>Line <b>{number}</b></p>\n" for number in range(150))
+LONG_PAGE = f"<!DOCTYPE html>\n<html><body>\n{LINES}</body></html>\n"
 
 
 def branch(store):
@@ -61,7 +69,7 @@ async def test_a_prompt_is_answered_shown_and_stored_byte_for_byte(start, store)
         view = pilot.app.screen.transcript.views[-1]
         assert answer.text
         assert view.text == answer.text
-        assert "n continues it" in foot(view)
+        assert "F6 n continues it" in foot(view)
         assert pilot.app.screen.prompt.text == ""
         assert "context" in str(pilot.app.screen.query_one("#status", Static).content)
 
@@ -103,6 +111,19 @@ async def test_regenerate_keeps_both_answers_within_reach(start, store):
         await pilot.press("left")
         await wait_until(pilot, lambda: branch(store)[-1].id == old.id)
         assert pilot.app.screen.transcript.views[-1].message.id == old.id
+
+
+async def test_regenerate_is_another_answer_under_a_fixed_seed_too(start, store, settings):
+    chosen = GenerationParams(temperature=1.0, seed=2, max_new_tokens=20)
+    async with start(settings=msgspec.structs.replace(settings, generation=chosen)) as pilot:
+        await send(pilot, "Prices?")
+        old = branch(store)[-1]
+        await pilot.press("ctrl+r")
+        await wait_until(pilot, lambda: branch(store)[-1].id != old.id)
+        await wait_until(pilot, lambda: not pilot.app.answers)
+        new = branch(store)[-1]
+        assert (old.stats["seed"], new.stats["seed"]) == (2, 3)
+        assert new.text != old.text
 
 
 async def test_an_edited_question_is_another_version_with_its_own_answer(start, store, picture):
@@ -150,15 +171,19 @@ async def test_delete_can_be_undone(start, store):
 
 
 async def test_a_fork_is_a_session_of_its_own_up_to_the_message(start, store):
-    old = answered(store, PAGE)
+    stats = msgspec.structs.asdict(STATS)
+    old = answered(store, PAGE, status="partial", reason="length", stats=stats)
     store.add_message(old.id, Message("user", "More"))
-    async with start() as pilot:
+    async with start(loaded=False) as pilot:
         await wait_until(pilot, lambda: pilot.app.screen.transcript.views)
         await focus(pilot, 1)
         await pilot.press("f")
         await wait_until(pilot, lambda: pilot.app.screen.session.id != old.id)
         copied = store.branch(pilot.app.screen.session.id)
         assert [m.text for m in copied] == ["Question", PAGE]
+        assert (copied[1].status, copied[1].finish_reason) == ("partial", "length")
+        assert (copied[1].model, copied[1].stats) == ("m", stats)
+        await wait_until(pilot, lambda: pilot.app.screen.page_work.has_pages)
         assert len(store.branch(old.id)) == 3
 
 
@@ -242,11 +267,9 @@ async def test_a_model_that_does_not_exist_is_a_notice_with_ways_out(start, sett
 
 
 async def test_an_empty_prompt_with_a_picture_asks_for_the_page(start, store, settings, tiny_llava):
-    from tests.backends.contract import picture as attachment
-
     model = msgspec.structs.replace(settings.model, name=str(tiny_llava))
     async with start(settings=msgspec.structs.replace(settings, model=model)) as pilot:
-        pilot.app.screen.add_picture(attachment("red"))
+        pilot.app.screen.composer.add_picture(attachment("red"))
         await pilot.press("enter")
         await wait_until(pilot, lambda: pilot.app.screen.transcript.messages)
         await wait_until(pilot, lambda: not pilot.app.answers)
@@ -270,3 +293,96 @@ async def test_it_resizes_while_streaming(start, slow_settings, size):
         await pilot.press("escape")
         await wait_until(pilot, lambda: not pilot.app.answers)
         assert pilot.app.size == size
+
+
+async def test_the_example_becomes_a_page_in_two_keys(start, store, settings, page_writer):
+    """What a newcomer does: F5, Enter. The page stands in a view of code while it is written."""
+    from tests.tiny import PAGE as WRITTEN
+
+    model = msgspec.structs.replace(settings.model, name=str(page_writer))
+    generation = msgspec.structs.replace(settings.generation, max_new_tokens=120)
+    changed = msgspec.structs.replace(settings, model=model, generation=generation)
+    async with start(settings=changed) as pilot:
+        screen = pilot.app.screen
+        assert "F5" in " ".join(str(s.content) for s in screen.query("#welcome Static"))
+        await pilot.press("f5")
+        await wait_until(pilot, lambda: screen.composer.pictures)
+        await pilot.press("enter")
+        await wait_until(pilot, lambda: screen.query("Code"))
+        await wait_until(pilot, lambda: screen.transcript.messages and not pilot.app.answers)
+        assert branch(store)[-1].text == WRITTEN
+        code = screen.query_one("Code CodeArea", TextArea)
+        await wait_until(pilot, lambda: code.text == WRITTEN)
+        assert code.language == "html"
+        assert code._highlights
+        await focus(pilot, -1)
+        await pilot.press("p")
+        await wait_until(pilot, lambda: pilot.app.clipboard == WRITTEN)
+
+
+async def test_a_model_without_eyes_says_so_before_anything_is_done(start, settings):
+    model = msgspec.structs.replace(settings.model, name="smollm2-135m")
+    async with start(
+        settings=msgspec.structs.replace(settings, model=model), loaded=False
+    ) as pilot:
+        shown = " ".join(str(s.content) for s in pilot.app.screen.query("#welcome Static"))
+        assert "It cannot see" in shown
+        assert "Ctrl+O" in shown
+        pilot.app.cancel_loading()
+
+
+async def test_code_is_followed_while_it_grows_unless_the_user_looks_back(start, store):
+    async with start(loaded=False, engine=ScriptedEngine(LONG_PAGE, 150)) as pilot:
+        pilot.app.screen.prompt.text = "Write"
+        await pilot.press("enter")
+        code = await wait_until(pilot, lambda: pilot.app.screen.query("Code CodeArea"))
+        area = code.first()
+        await wait_until(pilot, lambda: area.max_scroll_y > 5)
+        await wait_until(pilot, lambda: area.scroll_offset.y == area.max_scroll_y)
+        where = area.region.center
+        area.post_message(events.MouseScrollUp(area, *where, 0, -1, 0, False, False, False))
+        await wait_until(pilot, lambda: area.scroll_offset.y < area.max_scroll_y)
+        looked_at, before = area.scroll_target_y, area.document.line_count
+        await wait_until(pilot, lambda: area.document.line_count > before + 5)
+        assert area.scroll_offset.y == looked_at
+        await wait_until(pilot, lambda: not pilot.app.answers)
+        await wait_until(pilot, lambda: area.text == LONG_PAGE.strip())
+        assert len(area._highlights) >= 150
+
+
+async def test_a_failed_answer_is_tried_again_with_one_key(start, store):
+    engine = ScriptedEngine("Half an ans", error=OutOfMemoryError("No memory.", hint="Buy some."))
+    async with start(engine=engine) as pilot:
+        await send(pilot, "Go")
+        view = pilot.app.screen.transcript.views[-1]
+        await wait_until(pilot, lambda: "No memory." in foot(view))
+        assert "Buy some." in foot(view)
+        assert "r tries again" in foot(view)
+        assert (branch(store)[-1].status, branch(store)[-1].text) == ("error", "Half an ans")
+        engine.error = None
+        await focus(pilot, -1)
+        await pilot.press("r")
+        await wait_until(pilot, lambda: branch(store)[-1].status == "complete")
+        assert len(branch(store)[-1].siblings) == 2
+
+
+async def test_a_small_text_model_is_helped_to_its_first_page(start, store, settings):
+    """It is given the words of the screenshot, and its page is begun for it."""
+    lines = tuple(TextLine(f"Line {n}", (10, 60 * n, 200, 60 * n + 30)) for n in range(6))
+    shot = msgspec.structs.replace(attachment("red"), page_text=lines)
+    model = msgspec.structs.replace(settings.model, name="smollm2-135m")
+    changed = msgspec.structs.replace(settings, model=model)
+    engine = ScriptedEngine("Line 4</p>\n</body></html>\nI hope this helps. And more.", 50)
+    async with start(settings=changed, engine=engine) as pilot:
+        pilot.app.screen.composer.add_picture(shot)
+        await pilot.press("enter")
+        await wait_until(pilot, lambda: pilot.app.screen.transcript.messages)
+        await wait_until(pilot, lambda: not pilot.app.answers)
+        answer = branch(store)[-1]
+        assert answer.text.startswith("<!DOCTYPE html>")
+        assert "<p>Line 0</p>" in answer.text
+        assert "</html>" in answer.text
+        assert "more" not in answer.text
+        assert (answer.status, answer.finish_reason) == ("complete", "stop")
+        assert engine.asked[-1].role == "assistant"
+        assert "Line 5" in engine.asked[1].text

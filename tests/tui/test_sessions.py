@@ -43,14 +43,26 @@ async def test_the_last_session_is_resumed_with_its_draft_and_pictures(start, st
         screen = pilot.app.screen
         await wait_until(pilot, lambda: screen.session and screen.session.id == three[2].id)
         assert screen.prompt.text == "[Image #1] half a tho"
-        assert [image.name for image in screen.draft] == ["red.png"]
+        assert [image.name for image in screen.composer.pictures] == ["red.png"]
         assert len(screen.transcript.messages) == 2
+
+
+async def test_a_damaged_database_is_said_and_the_session_is_there(start, store, three):
+    store.close()
+    with store.path.open("r+b") as file:
+        file.write(b"garbage" * 100)
+    with Store.open(store.path) as recovered:
+        async with start(store=recovered, loaded=False) as pilot:
+            await wait_until(pilot, lambda: pilot.app.screen.session)
+            assert pilot.app.screen.session.id == three[2].id
+            said = [notice.message for notice in pilot.app._notifications]
+            assert any("6 messages were saved" in text for text in said)
 
 
 async def test_a_draft_survives_leaving(start, store):
     async with start() as pilot:
         pilot.app.screen.prompt.text = "not sent"
-        pilot.app.screen.add_picture(attachment("red"))
+        pilot.app.screen.composer.add_picture(attachment("red"))
         await pilot.press("ctrl+q")
     session = store.sessions()[0]
     assert session.draft == "[Image #1] not sent"
@@ -72,9 +84,8 @@ async def test_the_sidebar_lists_searches_and_opens_a_message(start, store, thre
         pilot.app.screen.query_one("#search", Input).value = "beta ra"
         await wait_until(pilot, lambda: any("rays" in line for line in listed(pilot)))
         assert "Beta" in listed(pilot)[0]
-        sessions = pilot.app.screen.query_one("#sessions", OptionList)
-        sessions.highlighted = 1
-        sessions.action_select()
+        pilot.app.screen.query_one("#search", Input).focus()
+        await pilot.press("down", "down", "enter")
         await wait_until(pilot, lambda: pilot.app.screen.session.id == three[1].id)
 
 
@@ -152,6 +163,15 @@ async def test_a_long_session_has_few_views_and_all_of_it_can_be_reached(start, 
             await pilot.press("up")
         await wait_until(pilot, lambda: transcript.views[0].message.text < "Question 119")
         assert len(transcript.views) < 40
+        pilot.app.screen.prompt.focus()
+        for key, text in (("pageup", "Question 0"), ("pagedown", "Answer 119")):
+            seen = set()
+            while text not in seen:
+                await pilot.press(key)
+                await pilot.pause()
+                shown = {view.message.text for view in transcript.views}
+                assert not seen or shown & seen, "a page was skipped"
+                seen = shown
 
 
 async def test_the_settings_panel_changes_this_session_only(start, store, three):
@@ -192,37 +212,130 @@ async def test_keys_can_be_changed_in_the_configuration(start, settings, store):
         assert "f9" in shown
 
 
+@pytest.mark.parametrize(
+    ("keys", "pressed"), [({"send": "f8"}, "f8"), ({"send": "ctrl+s,f8"}, "ctrl+s")]
+)
+async def test_the_key_that_sends_can_be_another(start, settings, store, keys, pressed):
+    changed = msgspec.structs.replace(settings.interface, keys=keys)
+    async with start(settings=msgspec.structs.replace(settings, interface=changed)) as pilot:
+        pilot.app.screen.prompt.text = "hello"
+        await pilot.press("enter")
+        assert not pilot.app.screen.transcript.messages
+        await pilot.press(pressed)
+        await wait_until(pilot, lambda: pilot.app.screen.transcript.messages)
+
+
+async def test_a_key_for_no_command_is_said(start, settings):
+    changed = msgspec.structs.replace(settings.interface, keys={"sned": "f8"})
+    async with start(settings=msgspec.structs.replace(settings, interface=changed)) as pilot:
+        await wait_until(pilot, lambda: pilot.app._notifications)
+        said = next(iter(pilot.app._notifications)).message
+        assert "sned" in said
+        assert "send" in said.split("There are:")[1]
+
+
+async def at_rest(pilot, transcript):
+    """Until no messages come into view or leave it, and nothing scrolls."""
+    place = None
+    while transcript._moving or place != (place := (transcript.scroll_y, transcript.in_sight())):
+        await pilot.pause(0.2)
+
+
+async def test_the_place_in_a_session_is_found_again(start, store):
+    session = store.create_session("Long")
+    for number in range(40):
+        store.add_message(session.id, Message("user", f"Question {number}\n\n{'and more ' * 60}"))
+        with store.begin_answer(session.id) as answer:
+            answer.append(f"Answer {number}")
+            answer.finish()
+    async with start() as pilot:
+        transcript = pilot.app.screen.transcript
+        await wait_until(pilot, lambda: transcript.views)
+        for _ in range(4):
+            before = transcript.scroll_y
+            await pilot.press("pageup")
+            await at_rest(pilot, transcript)
+            assert transcript.scroll_y != before
+        assert transcript.in_sight() is not None
+        left_at = transcript.in_sight()
+        await pilot.press("ctrl+q")
+    async with start() as pilot:
+        transcript = pilot.app.screen.transcript
+        await wait_until(pilot, lambda: transcript.in_sight() == left_at)
+        # And it stays there.
+        await pilot.pause(0.3)
+        assert transcript.in_sight() == left_at
+
+
+async def test_the_system_prompt_of_a_session_reaches_the_model(start, store):
+    async with start() as pilot:
+        await pilot.press("f2")
+        await wait_until(pilot, lambda: pilot.app.screen.query("#settings"))
+        pilot.app.screen.query_one("#system").text = "Write nothing but HTML, please. " * 4
+        await wait_until(pilot, lambda: pilot.app.screen.place.system.startswith("Write"))
+        await pilot.press("escape")
+        for words, new in (("With", False), ("Without", True)):
+            if new:
+                await pilot.press("ctrl+n")
+            pilot.app.screen.prompt.text = words
+            await pilot.press("enter")
+            await wait_until(pilot, lambda: pilot.app.screen.transcript.messages)
+            await wait_until(pilot, lambda: not pilot.app.answers)
+    without, given = store.sessions()
+    assert given.system_prompt.startswith("Write nothing")
+    assert without.system_prompt == ""
+    first, second = (store.branch(s.id)[-1].stats["prompt_tokens"] for s in (given, without))
+    assert first > second + 20
+
+
+def chosen_command(pilot):
+    commands = pilot.app.screen.query_one("CommandList", OptionList)
+    option = commands.highlighted_option
+    return str(option.prompt) if option is not None else ""
+
+
+async def test_the_palette_finds_commands_by_name(start, store, three):
+    async with start() as pilot:
+        await wait_until(pilot, lambda: pilot.app.screen.session)
+        offered = {c.title for c in pilot.app.get_system_commands(pilot.app.screen)}
+        assert {
+            *("New session", "Sessions", "Attach a picture", "Model", "Settings", "Regenerate"),
+            *("Copy page", "Rename session", "Export session", "Delete session", "Undo delete"),
+            *("Edit the prompt outside", "Paste from the clipboard", "Theme", "Quit"),
+        } <= offered
+        await pilot.press("ctrl+p")
+        await wait_until(pilot, lambda: len(pilot.app.screen_stack) == 2)
+        await pilot.press(*"rename")
+        await wait_until(pilot, lambda: "Rename session" in chosen_command(pilot))
+        await pilot.press("enter")
+        await wait_until(pilot, lambda: pilot.app.screen.query("AskLine Input"))
+        assert pilot.app.screen.query_one(Input).value == "Gamma"
+
+
+async def test_the_status_line_says_how_it_goes(start, store):
+    async with start(size=(160, 40)) as pilot:
+        status = pilot.app.screen.query_one("#status", Static)
+        assert "tiny-llama float32 cpu" in str(status.content)
+        pilot.app.screen.prompt.text = "Prices?"
+        await pilot.press("enter")
+        await wait_until(pilot, lambda: "tokens/s" in str(status.content))
+        await wait_until(pilot, lambda: "engine" in str(status.content))
+        stats = store.branch(store.sessions()[0].id)[-1].stats
+        shown = str(status.content)
+        assert f"context {stats['context_used']:,}/1,024" in shown
+        assert f"{stats['tokens_per_s']:.0f} tokens/s" in shown
+        assert f"first {stats['time_to_first_token_s']:.1f} s" in shown
+        await pilot.resize_terminal(60, 24)
+        await wait_until(pilot, lambda: len(str(status.content)) <= 58)
+        assert "tiny-llama" in str(status.content)
+
+
 async def test_the_theme_is_remembered(start, store, own_folders):
     async with start() as pilot:
         pilot.app.theme = "textual-light"
         await pilot.pause()
     async with start() as pilot:
         assert pilot.app.theme == "textual-light"
-
-
-async def test_the_model_dialog_loads_another_model(start, tiny_llava):
-    async with start() as pilot:
-        await pilot.press("ctrl+o")
-        await wait_until(pilot, lambda: len(pilot.app.screen_stack) == 2)
-        await wait_until(
-            pilot,
-            lambda: (
-                "Needed" in str(pilot.app.screen.query_one("#about").content)
-                or "folder" in str(pilot.app.screen.query_one("#about").content)
-            ),
-        )
-        box = pilot.app.screen.query_one("#name", Input)
-        box.value = str(tiny_llava)
-        await pilot.press("ctrl+d")
-        await wait_until(
-            pilot,
-            lambda: "would go to cpu" in str(pilot.app.screen.query_one("#model-state").content),
-        )
-        box.focus()
-        await pilot.press("enter")
-        await wait_until(pilot, lambda: pilot.app.info and pilot.app.info.reads_images)
-        assert "sees images" in str(pilot.app.screen.query_one("#model-state").content)
-        pilot.app.engine.model = None
 
 
 async def test_an_answer_goes_on_while_another_session_is_open(start, store, slow_settings):

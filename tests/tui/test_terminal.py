@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -13,6 +15,7 @@ import uuid
 import psutil
 import pytest
 
+from tests.tui.kill_twenty import NUM_KILLS, TEXT
 from w2c_tui.core.config import paths
 from w2c_tui.core.store import Store
 
@@ -74,7 +77,10 @@ class Tmux:
 
     def _run(self, *arguments: str) -> str:
         command = ["tmux", "-L", self.socket, "-f", os.devnull, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        # Not as it is inherited: readline puts the size of pytest's own terminal there, unseen.
+        env = dict(os.environ)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+        return done.stdout
 
     def screen(self) -> str:
         return self._run("capture-pane", "-p")
@@ -107,15 +113,15 @@ def terminal(own_folders, slow_llama):
         pytest.skip("tmux is not installed")
     opened = []
 
-    def start(*arguments, size=(100, 30)):
+    def start(*arguments, size=(100, 30), command=COMMAND):
         flags = (
             f"--model {shlex.quote(str(slow_llama))} --dtype float32 --device-map cpu --threads 1 "
             "--no-ocr --temperature 1 --seed 2 --max-new-tokens 900"
         )
-        command = f"{shlex.join(COMMAND)} {flags} {shlex.join(arguments)}"
-        window = Tmux(
-            *size, f"{command}; echo LEFT $?; stty -a | tr ' ' '\\n' | grep -x icanon; cat"
-        )
+        command = f"{shlex.join(command)} {flags} {shlex.join(arguments)}"
+        # LEFT comes last: the mode of the terminal is on the screen before it.
+        told = "left=$?; stty -a | tr ' ' '\\n' | grep -x icanon; echo LEFT $left; cat"
+        window = Tmux(*size, f"{command}; {told}")
         opened.append(window)
         return window
 
@@ -132,7 +138,7 @@ def test_a_first_session_from_start_to_resume(terminal, picture):
     window.keys("Enter")
     window.until("Writing:")
     window.keys("Escape")
-    window.until("Stopped: n continues it")
+    window.until("Stopped: F6 n continues it")
     window.paste(f"'{picture('my shot.png')}'")
     window.until("[Image #1]")
     window.keys("C-q")
@@ -148,7 +154,7 @@ def test_a_first_session_from_start_to_resume(terminal, picture):
 
     again = terminal(size=(80, 24))
     shown = again.until("[Image #1]")
-    assert "Stopped: n continues it" in again.until("Stopped")
+    assert "Stopped: F6 n continues it" in again.until("Stopped")
     again.keys("C-q")
     again.until("LEFT 0")
 
@@ -159,6 +165,9 @@ def test_a_killed_application_loses_at_most_the_last_second(terminal):
     window.keys("-l", "Go")
     window.keys("Enter")
     window.until("Writing: 1")
+    while int(re.search(r"Writing: (\d+)", window.screen()).group(1)) < 60:
+        time.sleep(0.05)
+    # What is older than a second is safe.
     time.sleep(1.5)
     application = window.application()
     shown = window.screen()
@@ -169,6 +178,72 @@ def test_a_killed_application_loses_at_most_the_last_second(terminal):
     assert answer.status == "partial"
     assert len(answer.text) > 20
     assert "Writing" in shown
+
+
+def test_twenty_kills_lose_at_most_the_last_second(own_folders):
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.tui.kill_twenty", "0"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    kills = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(kills) == NUM_KILLS
+    assert sum(kill["num_shown"] > 20 for kill in kills) >= 5
+    with Store.open(paths().sessions) as store:
+        (session,) = store.sessions()
+        messages = store.branch(session.id)
+    assert [m.text for m in messages[::2]] == [kill["question"] for kill in kills]
+    assert all(m.status == "complete" for m in messages[::2])
+    for kill, answer in zip(kills, messages[1::2], strict=True):
+        assert answer.status == "partial"
+        assert TEXT.startswith(answer.text)
+        assert len(answer.text) >= 4 * kill["num_shown"]
+
+
+def test_a_prompt_is_written_in_the_editor_of_the_user(terminal, tmp_path, monkeypatch):
+    editor = tmp_path / "my editor.sh"
+    editor.write_text('#!/bin/sh\nprintf "from outside" >> "$1"\n')
+    editor.chmod(0o755)
+    monkeypatch.setenv("VISUAL", f"'{editor}'")
+    window = terminal()
+    window.until("From screenshot to page")
+    window.keys("-l", "Written ")
+    window.until("Written")
+    window.keys("C-g")
+    window.until("Written from outside")
+    window.keys("C-q")
+    window.until("LEFT 0")
+
+
+def test_an_editor_that_is_not_there_is_told_and_the_prompt_stays(terminal, monkeypatch):
+    monkeypatch.setenv("VISUAL", "no-such-editor")
+    window = terminal()
+    window.until("From screenshot to page")
+    window.keys("-l", "Written ")
+    window.until("Written")
+    window.keys("C-g")
+    window.until("'no-such-editor'")
+    window.keys("-l", "again")
+    window.until("Written again")
+    window.keys("C-q")
+    window.until("LEFT 0")
+
+
+def test_a_defect_restores_the_terminal_and_is_in_the_log(terminal, tmp_path):
+    broken = tmp_path / "broken.py"
+    broken.write_text(
+        "from w2c_tui.tui.status_line import StatusLine\n"
+        "def fail(self, *_, **__): raise ZeroDivisionError('on purpose')\n"
+        "StatusLine.tell = fail\n"
+        "from w2c_tui.__main__ import main\n"
+        "main()\n"
+    )
+    window = terminal(command=[sys.executable, str(broken)])
+    shown = window.until("LEFT 1")
+    assert "because of a defect of its own. Your sessions are saved." in shown
+    assert "app.log" in shown
+    assert "Traceback" not in shown
+    assert "icanon" in shown
+    assert "ZeroDivisionError: on purpose" in paths().app_log.read_text()
 
 
 def test_a_termination_signal_restores_the_terminal(terminal):

@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from w2c_tui.core.config import GenerationParams, LoadSpec, Quantization
-from w2c_tui.core.conversation import Message
+from w2c_tui.core.conversation import Hints, Message
 from w2c_tui.core.image import ImageSpec
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -35,6 +35,23 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     load_time_s: float
     image_spec: ImageSpec | None = None
     """How it prepares pictures, where that is one square; None if unknown or text only."""
+    hints: Hints = "none"
+    """What it was trained to be told about a picture, although it sees it."""
+    sends_to: str = ""
+    """The other machine (host:port) that gets the text and the pictures; empty if none does."""
+    note: str = ""
+    """What a user should know about this model before believing it."""
+
+    def hints_for(self, ocr: Literal["auto", "on", "off"], colors: bool) -> Hints:
+        """What it is told about a picture where the user said `ocr` and `colors`."""
+        if ocr == "off" or (ocr == "auto" and self.reads_images and self.hints == "none"):
+            return "none"
+        return "colors" if colors or self.hints == "colors" else "text"
+
+    @property
+    def runtime(self) -> str:
+        """The library that runs it."""
+        return {"hf": "transformers", "gguf": "llama.cpp"}.get(self.backend, self.backend)
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True):

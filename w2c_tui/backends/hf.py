@@ -11,46 +11,29 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
-import os
-import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 import torch
 from transformers import Cache, DynamicCache
 
 from w2c_tui.backends import cpu
-from w2c_tui.backends.base import (
-    Event,
-    Finished,
-    FinishReason,
-    ModelInfo,
-    Prefill,
-    Report,
-    Stats,
-    Text,
-    Trimmed,
-)
+from w2c_tui.backends.base import Event, ModelInfo, Prefill, Report
 from w2c_tui.backends.kv_cache import GrowingLayer, growing_cache
-from w2c_tui.backends.sampling import PromptLookup, TokenPicker
-from w2c_tui.backends.turn import AnswerText, fit_context
-from w2c_tui.core.catalog import find
+from w2c_tui.backends.turn import Interrupted, Prompt, Row, answer, resident_peak
 from w2c_tui.core.config import DeviceShare, GenerationParams, LoadSpec, checked, paths
 from w2c_tui.core.conversation import Attachment, Message
 from w2c_tui.core.errors import (
     CheckpointError,
     EngineError,
     OutOfMemoryError,
-    PromptError,
     W2CError,
 )
 from w2c_tui.core.image import open_image, pixel_values
-from w2c_tui.core.locate import locate
+from w2c_tui.core.locate import display_name, locate
 from w2c_tui.core.prompt import (
     TEMPLATES,
     AnyTemplate,
@@ -71,10 +54,6 @@ _TYPE_IDS = ("token_type_ids", "mm_token_type_ids")
 _CHUNK_TARGET_S = 0.15
 _MAX_CACHED_IMAGES = 16
 _DEFAULT_THREADS = torch.get_num_threads()
-
-
-class _Cancelled(Exception):
-    """Raised inside a forward pass to leave it."""
 
 
 class _EncodedImage(msgspec.Struct):
@@ -154,7 +133,7 @@ class HFBackend:
         for layer in _layers(model):
             layer.register_forward_pre_hook(self._check_cancelled)
         return ModelInfo(
-            name=_display_name(spec.name),
+            name=display_name(spec.name),
             backend="hf",
             family=loaded.family,
             template=self._template.name,
@@ -167,6 +146,7 @@ class HFBackend:
             incremental=self._incremental,
             load_time_s=time.perf_counter() - started,
             image_spec=loaded.image_spec,
+            hints=loaded.hints,
         )
 
     def close(self) -> None:
@@ -196,8 +176,8 @@ class HFBackend:
 
     # --- the prompt ------------------------------------------------------------------------------
 
-    def _encode(self, messages: Sequence[Message]) -> tuple[list[Unit], list[int]]:
-        """The conversation as context units and as token ids (features as image-token ids)."""
+    def encode(self, messages: Sequence[Message]) -> Prompt:
+        """See `Runtime.encode`; features count as image tokens among the ids."""
         images = (
             [self._encoded_image(image) for image in image_list(messages)]
             if self._reads_images
@@ -230,7 +210,7 @@ class HFBackend:
             else:
                 units += piece.ids
                 ids += piece.ids
-        return units, ids
+        return Prompt(messages, units, ids, len(units))
 
     def _encoded_image(self, attachment: Attachment) -> _EncodedImage:
         found = self._images.get(attachment.sha256)
@@ -329,7 +309,7 @@ class HFBackend:
 
     def _check_cancelled(self, *_: Any) -> None:
         if self._cancelled():
-            raise _Cancelled
+            raise Interrupted
 
     @torch.inference_mode()
     def _run(self, units: Sequence[Unit], keep: int) -> torch.Tensor:
@@ -355,7 +335,7 @@ class HFBackend:
         self._units += units
         return output.logits[0]  # type: ignore[no-any-return]
 
-    def _prefill(self, units: Sequence[Unit]) -> Iterator[Prefill | torch.Tensor]:
+    def _prefill(self, units: Sequence[Unit]) -> Iterator[Prefill | Row]:
         """Bring the cache to `units` in chunks that can be cancelled; the logits row comes last."""
         common = 0
         for ours, theirs in zip(self._units, units, strict=False):
@@ -374,7 +354,7 @@ class HFBackend:
         logits: torch.Tensor | None = None
         while done < len(units):
             if self._cancelled():
-                raise _Cancelled
+                raise Interrupted
             began = time.perf_counter()
             part = units[done : done + chunk]
             logits = self._run(part, keep=1)
@@ -383,11 +363,11 @@ class HFBackend:
             chunk = int(min(max(chunk * _CHUNK_TARGET_S / spent, chunk / 2, 16), chunk * 4, 2048))
             yield Prefill(done, len(units))
         assert logits is not None
-        yield logits[-1]
+        yield _on_host(logits[-1])
 
     def _prefill_whole(
         self, messages: Sequence[Message], ids: Sequence[int]
-    ) -> Iterator[Prefill | torch.Tensor]:
+    ) -> Iterator[Prefill | Row]:
         """As `_prefill`, for models that must prepare the whole prompt themselves."""
         self._reset_context()
         yield Prefill(0, len(ids))
@@ -417,7 +397,7 @@ class HFBackend:
         logits = self._step_whole(first=True)
         self._units = list(ids)
         yield Prefill(len(ids), len(ids))
-        yield logits
+        yield _on_host(logits)
 
     @torch.inference_mode()
     def _step_whole(self, first: bool = False) -> torch.Tensor:
@@ -445,121 +425,61 @@ class HFBackend:
         self._cancelled = cancelled
         try:
             with _library_errors():
-                yield from self._stream(messages, params)
+                yield from answer(self, messages, params, cancelled)
         finally:
             self._cancelled = _never
             self._settle()
 
-    def _stream(self, messages: Sequence[Message], params: GenerationParams) -> Iterator[Event]:
-        began = time.perf_counter()
-        seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(4), "big")
-        if not self._reads_images:
-            _require_page_text(messages)
-        messages, dropped = fit_context(
-            messages,
-            lambda some: len(self._encode(some)[0]),
-            self._context_length,
-            params.max_new_tokens,
-        )
-        if dropped:
-            yield Trimmed(dropped, self._context_length)
-        units, ids = self._encode(messages)
-        in_use = {image.sha256 for image in image_list(messages)}
+    @property
+    def context_length(self) -> int:
+        return self._context_length
+
+    @property
+    def reads_images(self) -> bool:
+        return self._reads_images
+
+    @property
+    def can_draft(self) -> bool:
+        return self._incremental
+
+    @property
+    def end_ids(self) -> set[int]:
+        return self._eos_ids
+
+    @property
+    def answer_lead(self) -> str:
+        return self._template.answer_lead
+
+    def text_stream(self, prompt: Prompt) -> TextStream:
+        """See `Runtime.text_stream`."""
+        return TextStream(self._tokenizer, prompt.ids)
+
+    def peak_memory(self) -> int:
+        """See `Runtime.peak_memory`; with that of the GPUs."""
+        cards = range(torch.cuda.device_count())
+        return resident_peak() + sum(torch.cuda.max_memory_allocated(card) for card in cards)
+
+    def read(self, prompt: Prompt) -> Iterator[Prefill | Row]:
+        """See `Runtime.read`."""
+        in_use = {image.sha256 for image in image_list(prompt.messages)}
         while len(self._images) > max(_MAX_CACHED_IMAGES, len(in_use)):
             self._images.popitem(last=False)
-        goes_on = messages[-1].role == "assistant"
-        answer = AnswerText("" if goes_on else self._template.answer_lead, params.stop)
-        text = TextStream(self._tokenizer, ids)
-        reused: int | None = None
-        first_token_s = 0.0
-        new_ids: list[int] = []
-        reason: FinishReason = "length"
-        limit = min(params.max_new_tokens, self._context_length - len(units))
-        try:
-            logits: torch.Tensor | None = None
-            prefill = (
-                self._prefill(units) if self._incremental else self._prefill_whole(messages, ids)
-            )
-            for step in prefill:
-                if isinstance(step, torch.Tensor):
-                    logits = step
-                else:
-                    reused = step.done if reused is None else reused
-                    yield step
-            assert logits is not None
-            pick = TokenPicker(params, seed, ids, logits.device)
-            for token in self._tokens(logits, pick, params.prompt_lookup, limit, new_ids):
-                if not first_token_s:
-                    first_token_s = time.perf_counter() - began
-                if token in self._eos_ids:
-                    reason = "stop"
-                    break
-                new_ids.append(token)
-                shown = answer.push(text.push(token))
-                if shown:
-                    yield Text(shown)
-                if answer.stopped:
-                    reason = "stop"
-                    break
-                if len(new_ids) >= limit:
-                    break
-        except _Cancelled:
-            reason = "cancelled"
-        rest = answer.push(text.flush()) + answer.flush()
-        if rest:
-            yield Text(rest)
-        total = time.perf_counter() - began
-        decode_s = total - first_token_s
-        yield Finished(
-            reason,
-            Stats(
-                prompt_tokens=len(units),
-                reused_tokens=reused or 0,
-                new_tokens=len(new_ids),
-                time_to_first_token_s=first_token_s or total,
-                tokens_per_s=(len(new_ids) - 1) / decode_s if len(new_ids) > 1 else 0.0,
-                total_s=total,
-                peak_memory_bytes=peak_memory(),
-                context_used=len(units) + len(new_ids),
-                context_length=self._context_length,
-                seed=seed,
-            ),
-        )
+        if self._incremental:
+            yield from self._prefill(prompt.units)
+        else:
+            yield from self._prefill_whole(prompt.messages, prompt.ids)
 
-    def _tokens(
-        self,
-        logits: torch.Tensor,
-        pick: TokenPicker,
-        draft_length: int,
-        limit: int,
-        new_ids: list[int],
-    ) -> Iterator[int]:
-        """Token ids one after another; `new_ids` is what the reader has taken so far."""
-        lookup = PromptLookup(pick.ids) if draft_length and self._incremental else None
-        token = pick(logits)
-        while True:
-            yield token
-            if self._cancelled():
-                raise _Cancelled
-            if not self._incremental:
-                self._whole_ids = torch.cat(
-                    [self._whole_ids, self._whole_ids.new_tensor([[token]])], dim=1
-                )
-                token = pick(self._step_whole())
-                continue
-            draft: list[int] = []
-            if lookup is not None:
-                room = min(draft_length, limit - len(new_ids) - 1)
-                draft = lookup.draft(pick.ids, room)
-            kept = len(self._units) + 1
-            rows = self._run([token, *draft], keep=1 + len(draft))
-            for at, row in enumerate(rows):
-                token = pick(row)
-                if at == len(draft) or token != draft[at]:
-                    break
-                kept += 1
-                yield token
-            self._crop(kept)
+    def extend(self, ids: Sequence[int]) -> Sequence[Row]:
+        """See `Runtime.extend`."""
+        if self._incremental:
+            return list(_on_host(self._run(ids, keep=len(ids))))
+        (token,) = ids
+        self._whole_ids = torch.cat([self._whole_ids, self._whole_ids.new_tensor([[token]])], dim=1)
+        return [_on_host(self._step_whole())]
+
+    def take_back(self, count: int) -> None:
+        """See `Runtime.take_back`."""
+        self._crop(len(self._units) - count)
 
 
 def plan_placement(spec: LoadSpec, report: Report) -> tuple[DeviceShare, ...]:
@@ -592,19 +512,9 @@ def choose_dtype(name: str) -> torch.dtype:
     return torch.bfloat16 if cpu.bf16_is_faster() else torch.float32
 
 
-def peak_memory() -> int:
-    """The most memory this process has held so far, in bytes, with that of its GPUs."""
-    total = 0
-    if sys.platform == "win32":
-        total = psutil.Process().memory_info().peak_wset
-    else:
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        total = peak if sys.platform == "darwin" else peak * 1024
-    for device in range(torch.cuda.device_count()):
-        total += torch.cuda.max_memory_allocated(device)
-    return total
+def _on_host(logits: torch.Tensor) -> Row:
+    row: Row = logits.float().cpu().numpy()
+    return row
 
 
 def _never() -> bool:
@@ -626,13 +536,6 @@ def _is_incremental(model: Any, reads_images: bool) -> bool:
     if getattr(config, "num_kv_shared_layers", 0) or not hasattr(config, "num_hidden_layers"):
         return False
     return not reads_images or model.config.model_type in _SPLICED
-
-
-def _display_name(name: str) -> str:
-    entry = find(name)
-    if entry is not None:
-        return entry.title
-    return Path(name).expanduser().resolve().name if Path(name).expanduser().exists() else name
 
 
 def _image_token(loaded: LoadedModel) -> str:
@@ -661,22 +564,12 @@ def _memory_limits(limits: dict[str, str] | None) -> dict[int | str, int | str] 
     return {int(key) if key.isdigit() else key: value for key, value in limits.items()}
 
 
-def _require_page_text(messages: Sequence[Message]) -> None:
-    for image in image_list(messages):
-        if image.page_text is None:
-            raise PromptError(
-                f"This model reads text only and cannot look at {image.name}.",
-                hint="Switch on --ocr, which puts the page's text into the prompt, "
-                "or load a model that takes images.",
-            )
-
-
 @contextlib.contextmanager
 def _library_errors() -> Iterator[None]:
     """The seam where torch's and transformers' errors become ours."""
     try:
         yield
-    except (W2CError, _Cancelled, GeneratorExit, KeyboardInterrupt):
+    except (W2CError, Interrupted, GeneratorExit, KeyboardInterrupt):
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _out_of_memory(error) from error

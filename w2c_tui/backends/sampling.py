@@ -1,21 +1,15 @@
 """Which token comes next: sampling from logits, and guessing ahead from what was written.
 
-Knows nothing about models, caches or text.
+One way for every backend, equal to the logits processors of transformers. Knows nothing about
+models, caches or text, and needs no torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
-from transformers import (
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+import numpy as np
+from numpy.typing import NDArray
 
 from w2c_tui.core.config import GenerationParams
 
@@ -23,37 +17,51 @@ from w2c_tui.core.config import GenerationParams
 class TokenPicker:
     """Chooses the next token from a row of logits and remembers what was chosen."""
 
-    def __init__(
-        self, params: GenerationParams, seed: int, prompt: Sequence[int], device: torch.device
-    ) -> None:
+    def __init__(self, params: GenerationParams, seed: int, prompt: Sequence[int]) -> None:
         self.ids = list(prompt)
-        self._greedy = params.temperature == 0
-        self._generator = torch.Generator(device).manual_seed(seed)
-        self._processors = LogitsProcessorList()
-        self._needs_ids = params.repetition_penalty != 1.0
-        if self._needs_ids:
-            penalty = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)
-            self._processors.append(penalty)
-        if not self._greedy:
-            self._processors.append(TemperatureLogitsWarper(params.temperature))
-            if params.top_k:
-                self._processors.append(TopKLogitsWarper(params.top_k))
-            if params.top_p < 1:
-                self._processors.append(TopPLogitsWarper(params.top_p))
+        self._params = params
+        self._random = np.random.default_rng(seed)
+        self._seen = set(prompt)
 
-    @torch.inference_mode()
-    def __call__(self, logits: torch.Tensor) -> int:
-        if self._processors:
-            ids: Any = torch.tensor([self.ids] if self._needs_ids else [[]], device=logits.device)
-            scores: Any = logits[None].float()
-            logits = self._processors(ids.long(), scores)[0]
-        if self._greedy:
-            token = int(logits.argmax())
+    def __call__(self, logits: NDArray[np.float32]) -> int:
+        """The next token; logits: (V,)."""
+        scores = self.scores(logits)
+        if self._params.temperature == 0:
+            token = int(scores.argmax())
         else:
-            probabilities = torch.softmax(logits, dim=-1)
-            token = int(torch.multinomial(probabilities, 1, generator=self._generator))
+            weights = np.exp(scores - scores.max(), dtype=np.float64).cumsum()
+            drawn = self._random.random() * weights[-1]
+            # Rounding may put the draw at the very end.
+            token = min(int(np.searchsorted(weights, drawn, side="right")), len(weights) - 1)
         self.ids.append(token)
+        self._seen.add(token)
         return token
+
+    def scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """`logits` after penalty, temperature, top-k and top-p; what cannot come is -inf."""
+        params = self._params
+        scores = logits
+        if params.repetition_penalty != 1.0 and self._seen:
+            seen = np.fromiter(self._seen, dtype=np.int64)
+            scores = scores.copy()
+            kept = scores[seen]
+            penalty = np.float32(params.repetition_penalty)
+            scores[seen] = np.where(kept < 0, kept * penalty, kept / penalty)
+        if params.temperature == 0:
+            return scores
+        scores = scores / np.float32(params.temperature)
+        if 0 < params.top_k < len(scores):
+            least = np.partition(scores, -params.top_k)[-params.top_k]
+            scores[scores < least] = -np.inf
+        if params.top_p < 1:
+            order = np.argsort(scores, kind="stable")
+            weights = np.exp(scores[order] - scores.max())
+            share = (weights / weights.sum()).cumsum()
+            unlikely = share <= 1 - params.top_p
+            # The likeliest always stays.
+            unlikely[-1] = False
+            scores[order[unlikely]] = -np.inf
+        return scores
 
 
 class PromptLookup:

@@ -9,18 +9,24 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from typing import Any
 
 import click
 
 from w2c_tui import __version__
-from w2c_tui.core.errors import W2CError
-from w2c_tui.core.printable import printable as printable
+from w2c_tui.console import run
 
 COMMANDS = {
     "generate": "Turn screenshots into pages.",
     "chat": "Talk about a screenshot, line by line.",
+    "watch": "Turn new screenshots in a folder into pages.",
+    "preview": "See a page in the browser while it is written.",
+    "versions": "See, compare, save and edit the versions of a page.",
+    "evaluate": "Measure how good a model is.",
+    "bench": "Measure how fast a model is.",
+    "render": "Turn pages into pictures.",
+    "compare": "Say how near one page or picture is to another.",
     "models": "See which models there are, and fetch them.",
+    "export-gguf": "Write a model as GGUF files for llama.cpp.",
     "doctor": "Show what this machine has and which models fit.",
     "completion": "Print the shell's completion script.",
 }
@@ -35,8 +41,9 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"w2c_tui.cli.{cmd_name}")
-        command: click.Command = getattr(module, cmd_name)
+        name = cmd_name.replace("-", "_")
+        module = importlib.import_module(f"w2c_tui.cli.{name}")
+        command: click.Command = getattr(module, name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -74,33 +81,3 @@ def w2c() -> None:
 def main() -> None:
     """Run `w2c` and end the process with its status."""
     sys.exit(run(w2c))
-
-
-def run(command: click.Command, args: list[str] | None = None, **extra: Any) -> int:
-    """Run a click command and return its exit status; errors are shown, tracebacks are not."""
-    try:
-        status = command.main(args, standalone_mode=False, prog_name=command.name, **extra)
-    except click.exceptions.Exit as leave:
-        return leave.exit_code
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted.", err=True)
-        return 130
-    except W2CError as error:
-        show_error(error)
-        return 1
-    except BrokenPipeError:
-        # The reader of our output has left, as `head` does; there is nobody to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return status if isinstance(status, int) else 0
-
-
-def show_error(error: W2CError, prefix: str = "Error") -> None:
-    """One line for what failed, and one for what to do."""
-    click.secho(f"{prefix}: ", fg="red", bold=True, err=True, nl=False)
-    click.echo(printable(error.message), err=True)
-    if error.hint:
-        click.echo(f"  {printable(error.hint)}", err=True)

@@ -10,6 +10,7 @@ import click
 
 from w2c_tui.backends.base import Finished, ModelInfo, Text, Trimmed
 from w2c_tui.cli.options import generation_options, model_options, settings_from
+from w2c_tui.console.terminal import say
 from w2c_tui.core.config import Settings
 from w2c_tui.core.conversation import Attachment, Message
 from w2c_tui.core.errors import W2CError
@@ -66,7 +67,7 @@ class _Chat:
         for image in images:
             self._attach(image)
         if self.interactive:
-            click.echo("Type a message, or /help.", err=True)
+            say("Type a message, or /help.", err=True)
         while (line := self._read()) is not None:
             try:
                 if line.startswith("/"):
@@ -82,11 +83,11 @@ class _Chat:
         lines: list[str] = []
         while True:
             if self.interactive:
-                click.echo("> " if not lines else ". ", nl=False, err=True)
+                say("> " if not lines else ". ", nl=False, err=True)
             try:
                 line = sys.stdin.readline()
             except KeyboardInterrupt:
-                click.echo("  (/quit leaves)", err=True)
+                say("  (/quit leaves)", err=True)
                 lines = []
                 continue
             if not line:
@@ -103,14 +104,14 @@ class _Chat:
         if name in ("/quit", "/exit"):
             return False
         if name == "/help":
-            click.echo(_HELP, err=True)
+            say(_HELP, err=True)
         elif name == "/image" and argument:
             self._attach(argument)
         elif name == "/save" and argument:
             self._save(Path(argument).expanduser())
         elif name == "/reset":
             self._reset()
-            click.echo("A new conversation.", err=True)
+            say("A new conversation.", err=True)
         elif name == "/regenerate":
             self._regenerate()
         else:
@@ -128,27 +129,25 @@ class _Chat:
             raise
 
     def _answer(self) -> None:
-        from w2c_tui.cli import printable
         from w2c_tui.cli.running import interrupt_cancels, load_model
 
         if self.engine.model is None:
             self.info = load_model(self.engine, self.settings)
         raw: list[str] = []
-        safe = printable if sys.stdout.isatty() else str
         with interrupt_cancels(self.engine):
             for event in self.engine.stream(self.messages, self.settings.generation):
                 if isinstance(event, Text):
                     raw.append(event.delta)
-                    click.echo(safe(event.delta), nl=False)
+                    say(event.delta, nl=False)
                 elif isinstance(event, Trimmed):
                     self._trim(event)
                 elif isinstance(event, Finished):
-                    click.echo()
+                    say()
                     self._tell(event)
         self.messages.append(Message("assistant", "".join(raw)))
 
     def _trim(self, event: Trimmed) -> None:
-        click.echo(
+        say(
             f"[the first {event.num_messages} messages no longer fit the context of "
             f"{event.context_length:,} tokens and were left out; their images stay]",
             err=True,
@@ -158,7 +157,7 @@ class _Chat:
         stats = event.stats
         note = {"stop": "", "length": "cut at the length limit, ", "cancelled": "stopped, "}
         if self.interactive:
-            click.secho(
+            say(
                 f"[{note[event.reason]}{stats.new_tokens} tokens, first after "
                 f"{stats.time_to_first_token_s:.1f} s, {stats.tokens_per_s:.0f} tokens/s, context "
                 f"{stats.context_used:,}/{stats.context_length:,}]",
@@ -166,7 +165,7 @@ class _Chat:
                 err=True,
             )
         elif note[event.reason]:
-            click.echo(f"[{note[event.reason]}{stats.new_tokens} tokens]", err=True)
+            say(f"[{note[event.reason]}{stats.new_tokens} tokens]", err=True)
 
     def _attach(self, reference: str) -> None:
         from w2c_tui.cli.running import attach
@@ -174,7 +173,7 @@ class _Chat:
 
         image = attach(parse_reference(reference), self.settings, self.engine, self.info)
         self.pending.append(image)
-        click.echo(f"[{image.name}, {image.width}x{image.height}]", err=True)
+        say(f"[{image.name}, {image.width}x{image.height}]", err=True)
 
     def _save(self, path: Path) -> None:
         from w2c_tui.core.artifact import best_page
@@ -185,7 +184,7 @@ class _Chat:
         if page is None:
             raise W2CError("There is no page to save.", hint="Ask for one first.")
         write_atomically(path, page.html)
-        click.echo(f"[saved {path}]", err=True)
+        say(f"[saved {path}]", err=True)
 
     def _regenerate(self) -> None:
         if not self.messages or self.messages[-1].role != "assistant":
@@ -203,7 +202,7 @@ class _Chat:
         self.pending = []
 
     def _failure(self, error: W2CError) -> None:
-        from w2c_tui.cli import show_error
+        from w2c_tui.console import show_error
 
         self.failed = True
         show_error(error)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
+from w2c_tui.console.terminal import say
+
 _HOW = """Add one line to your shell's start-up file:
 
 \b
@@ -21,4 +23,4 @@ def completion(shell: str) -> None:
 
     kind = get_completion_class(shell)
     assert kind is not None
-    click.echo(kind(w2c, {}, "w2c", "_W2C_COMPLETE").source())
+    say(kind(w2c, {}, "w2c", "_W2C_COMPLETE").source())

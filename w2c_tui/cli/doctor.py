@@ -6,9 +6,10 @@ from typing import Any
 
 import click
 
-from w2c_tui.cli import show_error
 from w2c_tui.cli.options import model_options, settings_from
-from w2c_tui.core.config import LoadSpec, paths
+from w2c_tui.console import show_error
+from w2c_tui.console.terminal import say, say_json
+from w2c_tui.core.config import LoadSpec, Settings, paths
 from w2c_tui.core.errors import W2CError
 
 
@@ -26,7 +27,7 @@ def doctor(as_json: bool, **flags: Any) -> int:
     """
     import msgspec
 
-    from w2c_tui.cli.running import status
+    from w2c_tui.console.progress import status
     from w2c_tui.core.catalog import ENTRIES
     from w2c_tui.machine import inspect_machine, report_lines
 
@@ -42,8 +43,10 @@ def doctor(as_json: bool, **flags: Any) -> int:
     ]
     problem: W2CError | None = None
     model = ""
+    settings = Settings()
     try:
-        model = settings_from(flags).model.name
+        settings = settings_from(flags)
+        model = settings.model.name
     except W2CError as error:
         problem = error
     if as_json:
@@ -51,21 +54,24 @@ def doctor(as_json: bool, **flags: Any) -> int:
             "machine": msgspec.to_builtins(machine),
             "paths": {label: str(path) for label, path in kept},
             "model": model,
+            "browser": _browser(settings),
             "problem": str(problem) if problem else None,
         }
-        click.echo(msgspec.json.encode(report).decode())
+        say_json(report)
         return 1 if problem else 0
+    facts = report_lines(machine)
     lines = [
-        *report_lines(machine),
+        # The machine's own search knows no settings.
+        *((label, _browser(settings) if label == "browser" else value) for label, value in facts),
         *((label, f"{path}{'' if path.exists() else ' (not there yet)'}") for label, path in kept),
         ("model in use", model or "unknown: see below"),
     ]
-    fits = report_lines(machine, ENTRIES)[len(report_lines(machine)) :]
+    fits = report_lines(machine, ENTRIES)[len(facts) :]
     for title, rows in (("This machine", lines), ("Known models", fits)):
-        click.secho(title, bold=True)
+        say(title, bold=True)
         width = max(len(label) for label, _ in rows)
         for label, value in rows:
-            click.echo(f"  {label:<{width}}  {value}")
+            say(f"  {label:<{width}}  {value}")
     if problem is not None:
         show_error(problem)
     elif flags.get("model__name"):
@@ -73,20 +79,31 @@ def doctor(as_json: bool, **flags: Any) -> int:
     return 1 if problem else 0
 
 
+def _browser(settings: Settings) -> str:
+    """The browser that pages are rendered in, or what to do for one."""
+    from w2c_tui.web.render import can_be_sandboxed, find_browser
+
+    try:
+        path = find_browser(settings.render.browser)
+    except W2CError as error:
+        return f"{error.message} {error.hint}"
+    return f"{path}{'' if can_be_sandboxed() else ' (without its sandbox: this user is root)'}"
+
+
 def _show_plan(spec: LoadSpec) -> None:
     """Which device would hold what of a model that the user named."""
-    from w2c_tui.cli.running import loading_progress
+    from w2c_tui.console.progress import loading_progress
     from w2c_tui.engine.client import EngineClient
 
     with EngineClient(paths().engine_log) as engine, loading_progress() as report:
         shares = engine.plan(spec, report)
-    click.secho(f"Placement of {spec.name}", bold=True)
+    say(f"Placement of {spec.name}", bold=True)
     if not shares:
-        click.echo("  unknown before it is loaded")
+        say("  unknown before it is loaded")
     for share in shares:
         name = f"GPU {share.device}" if share.device.isdigit() else share.device
         first, last = share.modules[0] or "everything", share.modules[-1]
         span = first if first == last or not last else f"{first} ... {last}"
         size = share.num_bytes
         weights = f"{size / 1e9:.2f} GB" if size > 1e8 else f"{size / 1e6:.2f} MB"
-        click.echo(f"  {name:<6} {weights:>9} of weights  {span}")
+        say(f"  {name:<6} {weights:>9} of weights  {span}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from w2c_tui.console.terminal import say, say_json
 from w2c_tui.core.catalog import CatalogEntry, find
 from w2c_tui.core.config import paths
 from w2c_tui.core.errors import ModelNotFoundError
@@ -24,15 +25,14 @@ def list_models(as_json: bool) -> None:
 
     Any other folder, .gguf file or OWNER/NAME of a model hub works too.
     """
-    import msgspec
-    from rich.console import Console
     from rich.table import Table
 
+    from w2c_tui.console.progress import SafeConsole
     from w2c_tui.core.catalog import ALL_BITS, ENTRIES, memory_needed
     from w2c_tui.machine import inspect_machine
 
     if as_json:
-        click.echo(msgspec.json.encode(ENTRIES).decode())
+        say_json(ENTRIES)
         return
     machine = inspect_machine()
     largest = max(machine.gpu_memory_bytes, machine.memory_available_bytes)
@@ -54,7 +54,7 @@ def list_models(as_json: bool) -> None:
             *(f"{size / 1e9:.1f} GB" for size in needed),
             "yes" if 16 in fitting else f"{fitting[0]} bit" if fitting else "no",
         )
-    console = Console(highlight=False)
+    console = SafeConsole()
     console.print(table, soft_wrap=not console.is_terminal)
 
 
@@ -62,7 +62,7 @@ def list_models(as_json: bool) -> None:
 @click.argument("name")
 def info(name: str) -> None:
     """Show everything that is known about the model NAME."""
-    from w2c_tui.core.catalog import ALL_BITS, PackagedFile, memory_needed
+    from w2c_tui.core.catalog import ALL_BITS, BundledModel, PackagedFile, memory_needed
     from w2c_tui.core.download import find_packaged
     from w2c_tui.machine import describe_fit, inspect_machine
 
@@ -72,6 +72,9 @@ def info(name: str) -> None:
         where = find_packaged(source, paths().models)
         origin = f"{source.name} in the Python package {source.package} {source.version}"
         kept = str(where) if where else "not fetched yet (w2c models pull)"
+    elif isinstance(source, BundledModel):
+        origin = f"comes with w2c-tui, trained on {source.language_model}"
+        kept = str(source.path)
     else:
         origin, kept = f"{source} on the model hub", "in the hub's own cache, once fetched"
     rows = [
@@ -93,7 +96,7 @@ def info(name: str) -> None:
         *([("note", entry.note)] if entry.note else []),
     ]
     for label, value in rows:
-        click.echo(f"{label:<15} {value}")
+        say(f"{label:<15} {value}")
 
 
 @models.command()
@@ -103,16 +106,20 @@ def pull(names: tuple[str, ...]) -> None:
 
     NAME is one of `w2c models list` or OWNER/NAME of the model hub.
     """
-    from w2c_tui.cli.running import loading_progress
+    from w2c_tui.console.progress import loading_progress
+    from w2c_tui.core.catalog import BundledModel, find
     from w2c_tui.core.hub import fetch_from_hub
     from w2c_tui.core.locate import locate
 
     for name in names:
+        entry = find(name)
         with loading_progress() as report:
+            if entry is not None and isinstance(entry.source, BundledModel):
+                locate(entry.source.language_model, paths().models, report)
             place = locate(name, paths().models, report)
             if "/" in place and not os.path.exists(place):
                 place = str(fetch_from_hub(place, report))
-        click.echo(f"{name}: {place}")
+        say(f"{name}: {place}")
 
 
 @models.command(epilog="Example:  w2c models convert LLM360/CrystalChat-7B-Web2Code --out crystal/")
@@ -124,13 +131,13 @@ def convert(source: str, out: str) -> None:
     Published LLaVA-layout checkpoints and text GGUF files become safetensors with tokenizer,
     processor and chat template, as other tools read them.
     """
-    from w2c_tui.cli.running import loading_progress
+    from w2c_tui.console.progress import loading_progress
     from w2c_tui.engine.client import EngineClient
 
     folder = Path(out).expanduser().absolute()
     with EngineClient(paths().engine_log) as engine, loading_progress() as report:
         engine.convert(source, folder, report)
-    click.echo(f"{source}: {folder}")
+    say(f"{source}: {folder}")
 
 
 def _entry(name: str) -> CatalogEntry:

@@ -1,38 +1,27 @@
-"""What commands that run a model share: loading it, attaching images, showing progress.
-
-Progress goes to standard error: bars and a moving line on a terminal, plain lines elsewhere.
-"""
+"""What commands that run a model share: loading it, attaching images, following answers."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
 from types import FrameType
+from typing import TypeVar
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+import msgspec
+from rich.text import Text as Line
 
-from w2c_tui.backends.base import ModelInfo
+from w2c_tui.backends.base import Event, ModelInfo, Prefill, Text, Trimmed
+from w2c_tui.console.progress import console, loading_progress, status
 from w2c_tui.core.config import Settings, paths
 from w2c_tui.core.conversation import Attachment
-from w2c_tui.core.printable import printable
+from w2c_tui.core.page_text import WITHOUT_TEXT, recognises_text
 from w2c_tui.core.reference import load_attachment
 from w2c_tui.engine.client import EngineClient
 
-console = Console(stderr=True, highlight=False)
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -46,11 +35,15 @@ def load_model(engine: EngineClient, settings: Settings) -> ModelInfo:
     """Load the model of `settings`, with progress; says what was loaded."""
     with loading_progress() as report:
         info = engine.load(settings.model, report)
-    console.print(
-        f"[bold]{escape(printable(info.name))}[/] {describe(info)}, "
-        f"loaded in {info.load_time_s:.1f} s",
-        soft_wrap=True,
-    )
+    about = f" {describe(info)}, loaded in {info.load_time_s:.1f} s"
+    console.print(Line.assemble((info.name, "bold"), about), soft_wrap=True)
+    if info.sends_to:
+        console.print(
+            f"Text and pictures leave this machine: they are sent to {info.sends_to}.",
+            soft_wrap=True,
+        )
+    if info.note:
+        console.print(info.note, soft_wrap=True)
     return info
 
 
@@ -58,85 +51,50 @@ def describe(info: ModelInfo) -> str:
     """One line about a loaded model."""
     bits = info.dtype if info.quantization == "none" else f"{info.quantization}, {info.dtype}"
     sees = "reads images" if info.reads_images else "reads text only"
-    size = f"{info.num_parameters / 1e6:,.0f}M parameters"
-    return f"({size}, {bits} on {', '.join(info.devices)}, {sees})"
-
-
-@contextlib.contextmanager
-def loading_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A `report(phase, done, total)` that draws one bar per phase."""
-    if not console.is_terminal:
-        seen: set[str] = set()
-
-        def tell(phase: str, done: int, total: int) -> None:
-            if phase not in seen:
-                seen.add(phase)
-                console.print(f"{phase} ...")
-
-        yield tell
-        return
-    with contextlib.ExitStack() as stack:
-        bars: dict[str, tuple[Progress, object]] = {}
-
-        def draw(phase: str, done: int, total: int) -> None:
-            if phase not in bars:
-                for progress, _task in bars.values():
-                    progress.stop()
-                bars.clear()
-                columns = [
-                    TextColumn("{task.description}"),
-                    BarColumn(),
-                    *(
-                        (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-                        if total > 1_000_000
-                        else (MofNCompleteColumn(),)
-                    ),
-                ]
-                progress = stack.enter_context(Progress(*columns, console=console, transient=True))
-                bars[phase] = progress, progress.add_task(phase, total=total or None)
-            progress, task = bars[phase]
-            progress.update(task, completed=done, total=total or None)  # type: ignore[arg-type]
-
-        yield draw
+    size = f"{info.num_parameters / 1e6:,.0f}M parameters, " if info.num_parameters else ""
+    return f"({size}{bits} on {', '.join(info.devices)} by {info.runtime}, {sees})"
 
 
 def attach(reference: str, settings: Settings, engine: EngineClient, info: ModelInfo) -> Attachment:
     """The image at `reference`, with its text read off where the settings or the model ask."""
     image = load_attachment(reference, settings.images)
-    if settings.ocr == "off" or (settings.ocr == "auto" and info.reads_images):
+    hints = info.hints_for(settings.ocr, settings.ocr_colors)
+    if hints == "none":
         return image
-    return with_page_text(image, engine)
+    if settings.ocr == "auto" and info.reads_images and not recognises_text():
+        _tell_once(f"{info.name} {WITHOUT_TEXT}")
+        return image
+    return with_page_text(image, engine, colors=hints == "colors")
 
 
-def with_page_text(image: Attachment, engine: EngineClient) -> Attachment:
+def _tell_once(text: str) -> None:
+    if text not in _told:
+        _told.add(text)
+        console.print(text, soft_wrap=True)
+
+
+_told: set[str] = set()
+
+
+def with_page_text(image: Attachment, engine: EngineClient, *, colors: bool = False) -> Attachment:
     """`image` with the text that recognition finds on it."""
-    import msgspec
-
     with status(f"Reading the text of {image.name}"):
-        lines = engine.read_text(image)
+        lines = engine.read_text(image, colors=colors)
     return msgspec.structs.replace(image, page_text=lines)
 
 
 @contextlib.contextmanager
-def status(text: str) -> Iterator[None]:
-    """A moving line while something runs, on a terminal."""
-    if console.is_terminal:
-        with console.status(text):
-            yield
-    else:
-        yield
-
-
-@contextlib.contextmanager
-def interrupt_cancels(engine: EngineClient) -> Iterator[threading.Event]:
-    """The first Ctrl-C cancels the running answer, the second one ends the program."""
+def interrupt_cancels(*engines: EngineClient) -> Iterator[threading.Event]:
+    """The first Ctrl-C cancels the running answers, the second one ends the program."""
     pressed = threading.Event()
 
     def handle(number: int, frame: FrameType | None) -> None:
         if pressed.is_set():
             raise KeyboardInterrupt
         pressed.set()
-        engine.cancel()
+        # Not in this thread: the signal may have come while it was sending, holding the lock.
+        for engine in engines:
+            threading.Thread(target=engine.cancel, daemon=True).start()
 
     if threading.current_thread() is not threading.main_thread():
         yield pressed
@@ -146,6 +104,55 @@ def interrupt_cancels(engine: EngineClient) -> Iterator[threading.Event]:
         yield pressed
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+class AnswerLine:
+    """A moving line that follows answers, on a terminal."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.part = ""
+        self._rate = Rate()
+        self._line = console.status(Line(f"{title}: reading")) if console.is_terminal else None
+
+    def __enter__(self) -> AnswerLine:
+        if self._line is not None:
+            self._line.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._line is not None:
+            self._line.stop()
+
+    def follow(self, answer: Generator[Event, None, T]) -> T:
+        """Take all events of an answer; returns what it returns."""
+        while True:
+            try:
+                event = next(answer)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            self.take(event)
+
+    def take(self, event: Event) -> None:
+        if isinstance(event, Text):
+            self._rate.add()
+            if self._rate.count % 8 == 0:
+                self._show(f"{self._rate.count} tokens, {self._rate.per_s:.0f} tokens/s")
+        elif isinstance(event, Prefill):
+            self._rate = Rate()
+            self._show(f"reading {event.done}/{event.total} tokens")
+        elif isinstance(event, Trimmed):
+            self.say("the conversation was cut to fit the context.")
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        console.print(f"{self.title}: {text}")
+
+    def _show(self, text: str) -> None:
+        if self._line is not None:
+            part = f"{self.part}, " if self.part else ""
+            self._line.update(Line(f"{self.title}: {part}{text}"))
 
 
 class Rate:
@@ -163,10 +170,3 @@ class Rate:
     def per_s(self) -> float:
         spent = time.perf_counter() - self._began if self._began else 0.0
         return (self.count - 1) / spent if self.count > 1 and spent else 0.0
-
-
-def write_result(text: str) -> None:
-    """To standard output as UTF-8, whatever the locale says."""
-    sys.stdout.flush()
-    sys.stdout.buffer.write(text.encode("utf-8"))
-    sys.stdout.buffer.flush()

@@ -136,14 +136,15 @@ def _fence_end(text: str, start: int, fence: str) -> tuple[int, int, bool]:
 
 def _fragment_end(text: str, start: int) -> tuple[int, bool]:
     """Where nothing is open any more and words or the end of the text follow."""
-    opened = _Opened()
+    opened = Opened()
     end = start
-    for tag in _tags(text, start):
+    for tag in tags(text, start):
         if tag.kind == "cut" or (not opened.names and text[end : tag.start].strip()):
             break
         opened.take(tag)
         end = tag.end
-    return (len(text), False) if opened.names else (end, True)
+    # Nothing was closed yet either when the text ends within its first tag.
+    return (len(text), False) if opened.names or end == start else (end, True)
 
 
 # ── tags ──────────────────────────────────────────────────────────────────────────────────────
@@ -166,7 +167,7 @@ _attributes = re.compile(r"""(?:[^=>]++|=\s*+(?:"[^"]*+"|'[^']*+'|(?!["'])[^\s>]
 _raw_ends = {name: re.compile(rf"</{name}(?=[\s/>])", re.I).search for name in _RAW}
 
 
-class _Tag(NamedTuple):
+class Tag(NamedTuple):
     """`kind` 'cut' is markup that the end of the text interrupts; 'other' needs no closing."""
 
     kind: Literal["open", "close", "other", "comment", "cut"]
@@ -175,14 +176,15 @@ class _Tag(NamedTuple):
     end: int
 
 
-class _Opened:
+class Opened:
     """The elements that are open, as a browser would see it (roughly: no table rules)."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
+        self._in_comment = False
         self._count: Counter[str] = Counter()
 
-    def take(self, tag: _Tag) -> None:
+    def take(self, tag: Tag) -> None:
         if tag.kind == "open":
             if tag.name in _CLOSED_BY_THE_NEXT and self.names[-1:] == [tag.name]:
                 self._pop()
@@ -191,6 +193,13 @@ class _Opened:
         elif tag.kind == "close" and self._count[tag.name]:
             while self._pop() != tag.name:
                 pass
+        elif tag.kind == "comment":
+            self._in_comment = True
+
+    def closing(self) -> str:
+        """What closes all of it."""
+        comment = "-->" if self._in_comment else ""
+        return comment + "".join(f"</{name}>" for name in reversed(self.names))
 
     def _pop(self) -> str:
         name = self.names.pop()
@@ -198,7 +207,7 @@ class _Opened:
         return name
 
 
-def _tags(html: str, position: int = 0) -> Iterator[_Tag]:
+def tags(html: str, position: int = 0) -> Iterator[Tag]:
     """Tags and comments in order; the text is what lies between them."""
     while found := _markup(html, position):
         start, name = found.start(), (found["name"] or "").lower()
@@ -207,7 +216,7 @@ def _tags(html: str, position: int = 0) -> Iterator[_Tag]:
             # From the second hyphen on: `<!-->` is an empty comment.
             position = html.find("-->", start + 2) + 3
             if position < 3:
-                yield _Tag("comment", "", start, len(html))
+                yield Tag("comment", "", start, len(html))
                 return
         elif not name:
             position = html.find(">", start) + 1
@@ -219,16 +228,16 @@ def _tags(html: str, position: int = 0) -> Iterator[_Tag]:
             elif name in _RAW or not (name in _VOID or html.startswith("/>", position - 2)):
                 kind = "open"
         if not position:
-            yield _Tag("cut", "", start, len(html))
+            yield Tag("cut", "", start, len(html))
             return
-        yield _Tag(kind, name, start, position)
+        yield Tag(kind, name, start, position)
         if kind == "open" and name in _RAW:
             ending = _raw_ends[name](html, position)
             if ending is None:
                 tail = html[-len(name) - 2 :].lower()
                 for length in range(len(tail), 0, -1):
                     if tail.endswith(f"</{name}"[:length]):
-                        yield _Tag("cut", "", len(html) - length, len(html))
+                        yield Tag("cut", "", len(html) - length, len(html))
                         break
                 return
             position = ending.start()
@@ -237,15 +246,13 @@ def _tags(html: str, position: int = 0) -> Iterator[_Tag]:
 def repaired(html: str) -> str:
     """`html` with everything closed that its end left open, for a preview; unchanged when nothing
     is. A tag that was cut off in the middle is dropped, as a browser would."""
-    opened = _Opened()
-    body, comment = html, ""
-    for tag in _tags(html):
+    opened = Opened()
+    body = html
+    for tag in tags(html):
         if tag.kind == "cut":
             body = html[: tag.start].rstrip("<")
-        elif tag.kind == "comment":
-            comment = "-->"
         opened.take(tag)
-    return body + comment + "".join(f"</{name}>" for name in reversed(opened.names))
+    return body + opened.closing()
 
 
 def visible_text(html: str, *, title: bool = False) -> str:
@@ -254,7 +261,7 @@ def visible_text(html: str, *, title: bool = False) -> str:
     unseen = _UNSEEN if title else _UNSEEN | {"title"}
     parts: list[str] = []
     position, seen = 0, True
-    for tag in _tags(html):
+    for tag in tags(html):
         parts.append(html[position : tag.start] if seen else "")
         if tag.name and tag.name not in _INLINE:
             parts.append(" ")

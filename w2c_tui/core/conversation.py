@@ -12,18 +12,28 @@ from typing import Literal
 import msgspec
 
 Role = Literal["system", "user", "assistant"]
+Hints = Literal["none", "text", "colors"]
+"""What a model is told about a picture in words: nothing, its lines of text, or those with their
+colours."""
+
+RENDER_SOURCE = "w2c:render"
+"""The `source` of a picture that shows a model how its own page looks; every other picture is one
+that a page is to be made from."""
 
 
 class TextLine(msgspec.Struct, frozen=True):
     """One line of text found on a screenshot by text recognition.
 
     `box` is (left, top, right, bottom) in pixels of the opened image; `score` is the recogniser's
-    confidence in 0..1.
+    confidence in 0..1. `ink` and `ground` are the colours (sRGB) of its letters and of what is
+    behind them, or None when nobody looked.
     """
 
     text: str
     box: tuple[int, int, int, int]
     score: float = 1.0
+    ink: tuple[int, int, int] | None = None
+    ground: tuple[int, int, int] | None = None
 
 
 class Attachment(msgspec.Struct, frozen=True):

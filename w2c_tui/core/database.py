@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sqlite3
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +29,8 @@ from typing import IO, Any
 from w2c_tui.core.errors import StoreError
 
 BUSY_TIMEOUT_S = 10.0
+_PAGE_BYTES = 4096
+_LARGEST_GAP, _LARGEST_HOLE = 2**60, 10_000
 APPLICATION_ID = 0x77326374
 """'w2ct', written into the file by the first migration."""
 
@@ -42,6 +46,10 @@ _HINTS = {
     sqlite3.SQLITE_NOTADB: "The file is damaged. Restart: it will be set aside and read out.",
 }
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+# Files in `<path>.locks/` that are no owner: held while opening; left by a run that met damage;
+# the name of a damaged file that has yet to be read out.
+_OPENING, _SUSPECT, _ASIDE = "open", "damaged", "aside"
 
 
 class Schema:
@@ -84,13 +92,14 @@ class Database:
         """
         with _mapped(path):
             _locks(path).mkdir(mode=0o700, parents=True, exist_ok=True)
-            with _locked(_locks(path) / "open", busy_timeout_s):
+            with _locked(_locks(path) / _OPENING, busy_timeout_s):
                 connection, set_aside = _connect_or_set_aside(path, busy_timeout_s)
                 database = cls(path, connection, busy_timeout_s)
                 try:
                     _migrate(connection, path, schema.migrations)
                     if set_aside:
                         _salvage(set_aside, connection, schema)
+                        (_locks(path) / _ASIDE).unlink()
                     database.set_aside = set_aside
                     database._claim = (_locks(path) / database.owner).open("wb")
                     _try_lock(database._claim)
@@ -98,6 +107,11 @@ class Database:
                     database.close()
                     raise
         return database
+
+    @property
+    def suspect(self) -> bool:
+        """Whether damage was met since opening; opening again sets the file aside then."""
+        return (_locks(self.path) / _SUSPECT).exists()
 
     def close(self) -> None:
         """Harmless when repeated."""
@@ -136,10 +150,10 @@ class Database:
     def live_owners(self) -> Iterator[list[str]]:
         """The owners whose process is alive; nobody can become one until the block ends."""
         locks = _locks(self.path)
-        with _mapped(self.path), _locked(locks / "open", self._busy_timeout_s):
+        with _mapped(self.path), _locked(locks / _OPENING, self._busy_timeout_s):
             alive = [self.owner]
             for file in locks.iterdir():
-                if file.name in ("open", "damaged", self.owner):
+                if file.name in (_OPENING, _SUSPECT, _ASIDE, self.owner):
                     continue
                 with file.open("r+b") as claim:
                     dead = _try_lock(claim)
@@ -151,19 +165,26 @@ class Database:
 
 
 def _connect_or_set_aside(path: Path, timeout_s: float) -> tuple[sqlite3.Connection, Path | None]:
-    suspect = _locks(path) / "damaged"
-    try:
-        connection = _connect(path, timeout_s, check=suspect.exists())
-        suspect.unlink(missing_ok=True)
-        return connection, None
-    except sqlite3.DatabaseError as error:
-        if _code(error) not in _DAMAGED:
-            raise
-    moved_to = path.with_name(f"{path.name}.damaged-{_now()}-{os.urandom(2).hex()}")
-    for suffix in ("", "-wal", "-shm"):
-        part = Path(f"{path}{suffix}")
-        if part.exists():
-            part.rename(f"{moved_to}{suffix}")
+    suspect, aside = _locks(path) / _SUSPECT, _locks(path) / _ASIDE
+    name = aside.read_text(encoding="utf-8") if aside.exists() else ""
+    if not name:
+        try:
+            connection = _connect(path, timeout_s, check=suspect.exists())
+            suspect.unlink(missing_ok=True)
+            return connection, None
+        except sqlite3.DatabaseError as error:
+            if _code(error) not in _DAMAGED:
+                raise
+        name = f"{path.stem}-damaged-{_now()}-{os.urandom(2).hex()}{path.suffix}"
+        aside.write_text(name, encoding="utf-8")
+    # From here on a run that is killed or finds the disk full is taken up by the next one.
+    moved_to = path.with_name(name)
+    if not moved_to.exists():
+        # The file itself last: a log without its file would be taken for that of the next one.
+        for suffix in ("-wal", "-shm", ""):
+            part = Path(f"{path}{suffix}")
+            if part.exists():
+                part.rename(f"{moved_to}{suffix}")
     suspect.unlink(missing_ok=True)
     return _connect(path, timeout_s), moved_to
 
@@ -225,39 +246,126 @@ def _migrate(connection: sqlite3.Connection, path: Path, migrations: Sequence[st
 
 
 def _salvage(damaged: Path, connection: sqlite3.Connection, schema: Schema) -> None:
-    """Copy what can still be read, or nothing: the damaged file is kept in any case."""
+    """Copy what can still be read. Raises when it cannot be written."""
     connection.execute("PRAGMA foreign_keys = OFF")
     connection.execute("BEGIN IMMEDIATE")
     try:
-        source = f"{damaged.absolute().as_uri()}?mode=ro"
-        with contextlib.closing(sqlite3.connect(source, uri=True)) as old:
-            old.text_factory = lambda data: data.decode("utf-8", "replace")
+        with _readable_copy(damaged, schema) as old:
             for table in schema.tables:
                 _copy_readable(table, old, connection)
         for statement in schema.mend:
             connection.execute(statement)
         connection.execute("COMMIT")
-    except sqlite3.Error:
+    except BaseException:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
+        raise
     connection.execute("PRAGMA foreign_keys = ON")
 
 
+@contextlib.contextmanager
+def _readable_copy(damaged: Path, schema: Schema) -> Iterator[sqlite3.Connection]:
+    """A connection to a copy of `damaged`, whose first page is replaced if it makes no sense.
+
+    That page says where the tables begin. A new database has them at the same places, because they
+    are made first and never again.
+    """
+    with tempfile.TemporaryDirectory(prefix=".salvage-", dir=damaged.parent) as folder:
+        copy = Path(folder, "copy")
+        for suffix in ("", "-wal"):
+            if Path(f"{damaged}{suffix}").exists():
+                shutil.copyfile(f"{damaged}{suffix}", f"{copy}{suffix}")
+        with contextlib.closing(_lenient(copy)) as old:
+            if _sees(old, schema.tables):
+                yield old
+                return
+        new = Path(folder, "new")
+        with contextlib.closing(sqlite3.connect(new)) as empty:
+            for script in schema.migrations:
+                empty.executescript(script)
+        first = bytearray(new.read_bytes()[:_PAGE_BYTES])
+        log = Path(f"{copy}-wal").exists()
+        # https://www.sqlite.org/fileformat.html#the_database_header: with or without a log; equal
+        # change counters, so that the number of pages counts; no free pages.
+        first[18:20] = b"\2\2" if log else b"\1\1"
+        first[24:28] = first[92:96] = (1).to_bytes(4, "big")
+        first[28:32] = (copy.stat().st_size // _PAGE_BYTES).to_bytes(4, "big")
+        first[32:40] = bytes(8)
+        with copy.open("r+b") as file:
+            file.write(first)
+        with contextlib.closing(_lenient(copy)) as old:
+            yield old
+
+
+def _lenient(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path)
+    connection.text_factory = lambda data: data.decode("utf-8", "replace")
+    # Without this SQLite refuses a file that is shorter than its header says.
+    with contextlib.suppress(sqlite3.DatabaseError):
+        connection.execute("PRAGMA writable_schema = ON")
+    return connection
+
+
+def _sees(connection: sqlite3.Connection, tables: Sequence[str]) -> bool:
+    try:
+        found = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+    except sqlite3.DatabaseError:
+        return False
+    return found.issuperset(tables)
+
+
 def _copy_readable(table: str, old: sqlite3.Connection, new: sqlite3.Connection) -> None:
-    """Read from both ends, so that a damaged page in the middle costs only itself."""
-    for order in ("ASC", "DESC"):
+    try:
+        names = [it[0] for it in old.execute(f"SELECT * FROM {table} LIMIT 0").description]
+    except sqlite3.DatabaseError:
+        return
+    insert = (
+        f"INSERT OR IGNORE INTO {table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"
+    )
+    for row in _readable_rows(table, old):
+        new.execute(insert, row)
+
+
+def _readable_rows(table: str, old: sqlite3.Connection) -> Iterator[tuple[Any, ...]]:
+    """The rows of `table`; a damaged page costs only those on it."""
+    after: int | None = -1
+    while after is not None:
+        last = after
         try:
-            rows = old.execute(f"SELECT * FROM {table} ORDER BY rowid {order}")
-            names = [column[0] for column in rows.description]
-            insert = (
-                f"INSERT OR IGNORE INTO {table} ({', '.join(names)})"
-                f" VALUES ({', '.join('?' * len(names))})"
-            )
+            rows = old.execute(f"SELECT rowid, * FROM {table} WHERE rowid > ? ORDER BY 1", (after,))
             for row in rows:
-                new.execute(insert, row)
+                last = row[0]
+                yield row[1:]
             return
         except sqlite3.DatabaseError:
-            continue
+            after = _next_readable(table, old, last)
+        # Looking for what comes after an id reads its page and the next; looking for the id, one.
+        end = last + _LARGEST_HOLE
+        for number in range(last + 1, end if after is None else min(after + 1, end)):
+            with contextlib.suppress(sqlite3.DatabaseError):
+                yield from old.execute(f"SELECT * FROM {table} WHERE rowid = ?", (number,))
+
+
+def _next_readable(table: str, old: sqlite3.Connection, after: int) -> int | None:
+    """The id, found by doubling and halving, after which rows can be read again."""
+
+    def readable(gap: int) -> bool:
+        query = f"SELECT * FROM {table} WHERE rowid > ? ORDER BY rowid"
+        try:
+            old.execute(query, (after + gap,)).fetchone()
+        except sqlite3.DatabaseError:
+            return False
+        return True
+
+    good, bad = 1, 0
+    while not readable(good):
+        if good > _LARGEST_GAP:
+            return None
+        good, bad = good * 2, good
+    while good - bad > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if readable(middle) else (good, middle)
+    return after + good
 
 
 @contextlib.contextmanager
@@ -267,7 +375,7 @@ def _mapped(path: Path) -> Iterator[None]:
     except sqlite3.Error as error:
         if _code(error) in _DAMAGED:
             with contextlib.suppress(OSError):
-                (_locks(path) / "damaged").touch()
+                (_locks(path) / _SUSPECT).touch()
         hint = _HINTS.get(_code(error), "")
         raise StoreError(f"The session database {path} failed: {error}", hint=hint) from error
     except OSError as error:

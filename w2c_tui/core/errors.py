@@ -14,6 +14,8 @@
     ├── EngineError            the engine process or the running model failed
     │   ├── EngineCrashedError
     │   └── OutOfMemoryError
+    ├── RenderError            a page that could not be turned into a picture
+    │   └── BrowserNotFoundError
     └── StoreError             the session database or a page on disk
 
 Errors of libraries are turned into these at one seam each, with the cause kept (`raise ... from`).
@@ -79,6 +81,12 @@ class EngineCrashedError(EngineError): ...
 
 
 class OutOfMemoryError(EngineError): ...
+
+
+class RenderError(W2CError): ...
+
+
+class BrowserNotFoundError(RenderError): ...
 
 
 class StoreError(W2CError): ...

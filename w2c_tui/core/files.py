@@ -12,14 +12,15 @@ from pathlib import Path
 from w2c_tui.core.errors import W2CError
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Put `text` at `path`, whole or not at all. Raises W2CError naming the path."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Put `content` (text as UTF-8) at `path`, whole or not at all. Raises W2CError naming it."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-                file.write(text)
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
             os.chmod(scratch, 0o644)
             os.replace(scratch, path)
         except BaseException:

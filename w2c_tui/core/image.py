@@ -14,7 +14,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import msgspec
@@ -38,6 +38,14 @@ HALF: Triple = (0.5, 0.5, 0.5)
 
 # The only decoders that untrusted bytes ever reach, in Pillow's names.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+_SIGNATURES = (
+    (b"\x89PNG", "png"),
+    (b"\xff\xd8", "jpeg"),
+    (b"GIF8", "gif"),
+    (b"BM", "bmp"),
+    (b"II*\0", "tiff"),
+    (b"MM\0*", "tiff"),
+)
 USE_A_PICTURE = "Give a PNG, JPEG, WebP, GIF, BMP, TIFF or AVIF picture."
 
 
@@ -115,6 +123,18 @@ def attachment_from_picture(
     return attachment_from_bytes(buffer.getvalue(), name, source, limits)
 
 
+def media_type(data: bytes) -> str:
+    """The kind of picture that `data` begins like, as a browser names it ("image/png");
+    "application/octet-stream" for anything that is none of `FORMATS`."""
+    for start, kind in _SIGNATURES:
+        if data.startswith(start):
+            return f"image/{kind}"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "image/webp"
+    avif = data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis")
+    return "image/avif" if avif else "application/octet-stream"
+
+
 def open_image(data: bytes | Attachment, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     """The first frame as an upright RGB picture, transparency on white. Raises ImageError.
 
@@ -126,7 +146,33 @@ def open_image(data: bytes | Attachment, limits: ImageLimits = DEFAULT_LIMITS) -
     return _decoded(data, "image", limits)
 
 
+class ImageHeader(msgspec.Struct, frozen=True):
+    """What a picture says of itself: Pillow's name of its format, its pixels when upright."""
+
+    format: str
+    width: int
+    height: int
+
+
+def read_header(
+    data: bytes, name: str = "image", limits: ImageLimits = DEFAULT_LIMITS
+) -> ImageHeader:
+    """Format and size without decoding a pixel. Raises ImageError; the rest may be damaged."""
+    with _opened(data, name, limits) as image:
+        turned = _orientation(image) in (5, 6, 7, 8)
+        width, height = reversed(image.size) if turned else image.size
+        return ImageHeader(image.format or "", width, height)
+
+
 def _decoded(data: bytes, name: str, limits: ImageLimits) -> Image.Image:
+    with _opened(data, name, limits) as image:
+        image.load()
+        return _upright(_rgb(image), image)
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, name: str, limits: ImageLimits) -> Iterator[Image.Image]:
+    """Pillow's image of `data` within `limits`; whatever it raises becomes an ImageError."""
     from PIL import Image, UnidentifiedImageError
 
     shown = quoted(name)
@@ -138,8 +184,7 @@ def _decoded(data: bytes, name: str, limits: ImageLimits) -> Image.Image:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image.size, shown, limits)
             _check_cost(image, data, shown, limits)
-            image.load()
-            return _upright(_rgb(image), image)
+            yield image
     except ImageError:
         raise
     except UnidentifiedImageError as error:
@@ -277,12 +322,16 @@ def _upright(picture: Image.Image, image: Image.Image) -> Image.Image:
         7: Transpose.TRANSVERSE,
         8: Transpose.ROTATE_90,
     }
-    turn = None
-    # Damaged EXIF data does not make the picture unreadable: viewers show it as it is stored.
-    with contextlib.suppress(Exception):
-        turn = turns.get(image.getexif().get(0x0112, 1))
+    turn = turns.get(_orientation(image))
     picture.info.clear()
     return picture if turn is None else picture.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    # Damaged EXIF data does not make the picture unreadable: viewers show it as it is stored.
+    with contextlib.suppress(Exception):
+        return int(image.getexif().get(0x0112, 1))
+    return 1
 
 
 _SCREENSHOT = "Open it in a viewer or browser and take a screenshot of it."
@@ -330,7 +379,9 @@ class ImageSpec(msgspec.Struct, frozen=True):
     `aspect` is what happens to a picture that is not square: `pad` centres it on a square of
     `pad_color` (LLaVA's expand2square), `crop` scales the short side to `shortest_edge` (`size`
     if None) and cuts out the centre (CLIP), `stretch` ignores the proportions (SigLIP).
-    `pad_color` None means the mean colour, int(mean * 255).
+    `pad_color` None means the mean colour, int(mean * 255). `blank_corner` pixels of the square's
+    right bottom corner are `pad_color`, whatever the picture shows there: a patch that some
+    runtimes cannot pass on.
     """
 
     size: Edge = 336
@@ -341,6 +392,12 @@ class ImageSpec(msgspec.Struct, frozen=True):
     resample: Resample = "bicubic"
     pad_color: tuple[Byte, Byte, Byte] | None = None
     shortest_edge: Edge | None = None
+    blank_corner: Annotated[int, Meta(ge=0, le=8192)] = 0
+
+    @property
+    def background(self) -> tuple[int, int, int]:
+        """The colour around a picture that is not square."""
+        return self.pad_color or _mean_color(self.mean)
 
     @classmethod
     def from_processor_config(cls, config: Mapping[str, Any]) -> ImageSpec:
@@ -439,10 +496,15 @@ def prepare(image: Image.Image, spec: ImageSpec) -> Image.Image:
     image = image if image.mode == "RGB" else _rgb(image)
     resample = Resampling[spec.resample.upper()]
     if spec.aspect == "pad":
-        return _padded(image, spec, resample)
-    if spec.aspect == "crop":
-        return _cropped(image, spec, resample)
-    return image.resize((spec.size, spec.size), resample)
+        square = _padded(image, spec, resample)
+    elif spec.aspect == "crop":
+        square = _cropped(image, spec, resample)
+    else:
+        square = image.resize((spec.size, spec.size), resample)
+    if spec.blank_corner:
+        start = spec.size - spec.blank_corner
+        square.paste(spec.pad_color or _mean_color(spec.mean), (start, start, spec.size, spec.size))
+    return square
 
 
 def _cropped(image: Image.Image, spec: ImageSpec, resample: Image.Resampling) -> Image.Image:
@@ -469,7 +531,7 @@ def _padded(image: Image.Image, spec: ImageSpec, resample: Image.Resampling) -> 
     from PIL import Image
 
     size, side = spec.size, max(image.size)
-    color = spec.pad_color or _mean_color(spec.mean)
+    color = spec.background
     left, top = (side - image.width) // 2, (side - image.height) // 2
     narrowed = Image.new("RGB", (size, side), color)
     rows = max(1, 2**22 // side)
@@ -487,17 +549,34 @@ def _mean_color(mean: Triple) -> tuple[int, int, int]:
 
 
 def pixel_values(image: Image.Image, spec: ImageSpec) -> NDArray[np.float32]:
-    """(3, size, size) float32: `prepare`, rescaled and normalised as transformers does it.
+    """(3, size, size) float32: `prepare`, rescaled and normalised as transformers does it."""
+    return normalised(prepare(image, spec), spec)
 
-    The rescaling is done in float64 and rounded, then normalised in float32.
+
+def normalised(prepared: Image.Image, spec: ImageSpec) -> NDArray[np.float32]:
+    """(3, size, size) float32 of a picture that `prepare` made.
+
+    Of the 256 values of each channel, so a table of them gives the same bits as the arithmetic.
     """
     import numpy as np
 
-    rescaled = np.asarray(prepare(image, spec)).astype(np.float64) * spec.rescale_factor
-    values = rescaled.astype(np.float32)
-    values -= np.array(spec.mean, dtype=np.float32)
-    values /= np.array(spec.std, dtype=np.float32)
-    return np.ascontiguousarray(values.transpose(2, 0, 1))
+    pixels = np.asarray(prepared)
+    values = np.empty((3, *pixels.shape[:2]), dtype=np.float32)
+    for channel, table in enumerate(_normalised_values(spec)):
+        values[channel] = table[pixels[:, :, channel]]
+    return values
+
+
+@functools.lru_cache(maxsize=8)
+def _normalised_values(spec: ImageSpec) -> NDArray[np.float32]:
+    """(3, 256) float32: rescaled in float64 and rounded, then normalised in float32."""
+    import numpy as np
+
+    rescaled = np.arange(256, dtype=np.float64) * spec.rescale_factor
+    values = np.tile(rescaled.astype(np.float32), (3, 1))
+    values -= np.array(spec.mean, dtype=np.float32)[:, None]
+    values /= np.array(spec.std, dtype=np.float32)[:, None]
+    return values
 
 
 def scale_of(image_size: tuple[int, int], spec: ImageSpec) -> float:

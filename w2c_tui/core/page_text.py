@@ -8,21 +8,39 @@ about tokens or about templates.
 from __future__ import annotations
 
 import html
+import importlib.util
 from collections.abc import Sequence
 
 import msgspec
 
+from w2c_tui.core.colors import name_of
 from w2c_tui.core.conversation import Attachment, Message, TextLine
 
-HEADER = "Text on the page (left top width size text):"
+HEADER = "Text on the page, {width} px wide, {height} px high (left top width size{colors} text):"
 """The first line of the block; the words in brackets name the columns below it."""
+COLOR_COLUMNS = " ink ground"
 
 MIN_WRAPPED_CHARS = 25
 """Shorter lines (menus, list items, table cells) are never taken for the start of a paragraph."""
 
 
+WITHOUT_TEXT = (
+    "was trained with the text of the page, and text recognition is not installed "
+    "(pip install 'w2c-tui[ocr]'): it will make up words."
+)
+"""What is said of a model that has to do without."""
+
+
+def recognises_text() -> bool:
+    """Whether text recognition is installed."""
+    return importlib.util.find_spec("rapidocr") is not None
+
+
 def format_page_text(lines: Sequence[TextLine], image_size: tuple[int, int]) -> str:
     """The text block for a prompt: `HEADER`, then a line `left top width size text` for each.
+
+    Where the colours of lines are known, `ink ground` stand before the text: the names in
+    `core.colors` of the letters' colour and of what is behind them.
 
     `image_size` is (width, height) in pixels. `left`, `top` and `width` are whole percent of the
     image's *width* (so that one unit is the same length in both directions, as CSS `vw`, and a
@@ -36,11 +54,16 @@ def format_page_text(lines: Sequence[TextLine], image_size: tuple[int, int]) -> 
     if not lines:
         return ""
     unit = max(image_size[0], 1) / 100
-    rows = [HEADER]
-    for block in _paragraphs(lines):
+    colored = all(line.ink is not None and line.ground is not None for line in lines)
+    colors = COLOR_COLUMNS if colored else ""
+    rows = [HEADER.format(width=image_size[0], height=image_size[1], colors=colors)]
+    for block in paragraphs(lines):
         left, top, right, _ = block.box
         numbers = (left / unit, top / unit, (right - left) / unit, block.size / unit * 10)
-        rows.append(" ".join([*(str(round(number)) for number in numbers), block.text]))
+        row = [str(round(number)) for number in numbers]
+        if colored and block.first.ink is not None and block.first.ground is not None:
+            row += [name_of(block.first.ink), name_of(block.first.ground)]
+        rows.append(" ".join([*row, block.text]))
     return "\n".join(rows)
 
 
@@ -52,7 +75,7 @@ def begun_page(image: Attachment) -> list[Message]:
     first lines, from where the model goes on. The page is then that beginning with what the model
     wrote. Measured on SmolLM2-135M: without the beginning it repeats itself without end.
     """
-    blocks = [block.text for block in _paragraphs(image.page_text or ())]
+    blocks = [block.text for block in paragraphs(image.page_text or ())]
     title = html.escape(blocks[0] if blocks else image.name)
     begun = "".join(f"<p>{html.escape(text)}</p>\n" for text in blocks[:_NUM_BEGUN])
     question = "Write the HTML of this page. Keep the text and its order."
@@ -79,16 +102,20 @@ body {{ font-family: sans-serif; max-width: 60rem; margin: 2rem auto; }}
 """
 
 
-class _Block(msgspec.Struct):
+class TextBlock(msgspec.Struct):
+    """Lines that continue each other; `last` is the lowest of them."""
+
     text: str
     box: tuple[int, int, int, int]
+    first: TextLine
     last: TextLine
     size: int
     """Height of one text line in pixels."""
 
 
-def _paragraphs(lines: Sequence[TextLine]) -> list[_Block]:
-    blocks: list[_Block] = []
+def paragraphs(lines: Sequence[TextLine]) -> list[TextBlock]:
+    """The lines joined into paragraphs, in the order of their first lines."""
+    blocks: list[TextBlock] = []
     for line in lines:
         text = " ".join(line.text.split())
         if not text:
@@ -96,7 +123,7 @@ def _paragraphs(lines: Sequence[TextLine]) -> list[_Block]:
         # The latest blocks are the nearest above; two columns interleave in reading order.
         block = next((b for b in reversed(blocks[-8:]) if _continues(b, line)), None)
         if block is None:
-            blocks.append(_Block(text, line.box, line, line.box[3] - line.box[1]))
+            blocks.append(TextBlock(text, line.box, line, line, line.box[3] - line.box[1]))
             continue
         block.text += f" {text}"
         block.box = (
@@ -109,7 +136,7 @@ def _paragraphs(lines: Sequence[TextLine]) -> list[_Block]:
     return blocks
 
 
-def _continues(block: _Block, line: TextLine) -> bool:
+def _continues(block: TextBlock, line: TextLine) -> bool:
     """Whether `line` looks like the next line of a wrapped paragraph that ends in `block.last`."""
     left, top, right, bottom = block.last.box
     height = line.box[3] - line.box[1]
@@ -119,9 +146,16 @@ def _continues(block: _Block, line: TextLine) -> bool:
         and -0.4 * block.size <= line.box[1] - bottom <= 0.35 * block.size
         # A line that was wrapped fills its paragraph; a longer one below it is another thing.
         and line.box[2] - line.box[0] <= 1.15 * (block.box[2] - block.box[0])
+        and _alike(block.last, line)
         and (
             abs(line.box[0] - left) <= height
             or abs(line.box[0] + line.box[2] - left - right) <= 2 * height
         )
         and top < line.box[1]
     )
+
+
+def _alike(one: TextLine, other: TextLine) -> bool:
+    """Whether two lines have the same colours, as far as they are known."""
+    pairs = ((one.ground, other.ground),)
+    return all(a is None or b is None or name_of(a) == name_of(b) for a, b in pairs)

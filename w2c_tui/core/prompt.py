@@ -213,7 +213,8 @@ def _check(messages: Sequence[Message]) -> None:
             raise PromptError(f"Message {at + 1} is from {role}, expected {expected}.")
 
 
-def _user_content(message: Message) -> str:
+def user_content(message: Message) -> str:
+    """What a user message says to a model: the text found on its images, then its own."""
     blocks = [
         format_page_text(image.page_text, (image.width, image.height))
         for image in message.attachments
@@ -242,7 +243,7 @@ def _render_roles(
                 if template.image_newline:
                     yield Segment("text", "\n")
             if template.user_text:
-                yield Segment("text", _user_content(message))
+                yield Segment("text", user_content(message))
             yield Segment("text", template.after_user)
             continue
         yield Segment("text", template.before_answer)
@@ -341,7 +342,7 @@ def _lay_out(
     messages: Sequence[Message], template: ChatTemplate, images: bool, add_prompt: bool
 ) -> tuple[str, list[str]]:
     """The rendered template with placeholders, and the content that stands at each."""
-    contents = [_user_content(m) if m.role == "user" else m.text for m in messages]
+    contents = [user_content(m) if m.role == "user" else m.text for m in messages]
     roles: list[str] = [message.role for message in messages]
     counts = [len(message.attachments) if images else 0 for message in messages]
     holders = [_placeholder(at) for at in range(len(messages))]
@@ -354,7 +355,9 @@ def _lay_out(
         ]
         return _run_jinja(template, shaped, add_prompt)
 
+    expected = sum(counts)
     failure: PromptError | None = None
+    best: tuple[str, list[str]] | None = None
     for parts in (True, False) if any(counts) else (False, True):
         for texts in (holders, _system_in_user(roles, holders)):
             if texts is None:
@@ -365,8 +368,15 @@ def _lay_out(
                 failure = failure or error
                 continue
             found = [int(at) for at in _PLACEHOLDER.findall(laid_out)]
-            if found == list(range(len(messages))):
-                return laid_out, _as_the_template_trims(laid_out, contents, texts, run, parts)
+            if found != list(range(len(messages))):
+                continue
+            fitting = laid_out, _as_the_template_trims(laid_out, contents, texts, run, parts)
+            # A template that knows no images shows one that was written into the text.
+            if not expected or laid_out.count(template.image_token or "") == expected:
+                return fitting
+            best = best or fitting
+    if best is not None:
+        return best
     raise failure or PromptError(
         "The model's chat template does not show every message of the conversation.",
         hint="Start a new conversation, or use a model with another template.",

@@ -431,6 +431,18 @@ def _answer(url: str, limits: ImageLimits, clients: list[httpx2.Client]) -> http
     raise AssertionError("getaddrinfo returns at least one address or raises")
 
 
+def is_this_machine(host: str) -> bool:
+    """Whether `host` is a name or an address of the loopback interface."""
+    import ipaddress
+
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def _addresses(host: str, url: str, limits: ImageLimits) -> list[str]:
     import ipaddress
 

@@ -103,6 +103,13 @@ class Recovery(msgspec.Struct, frozen=True):
     moved_to: Path
     num_messages: int
 
+    def __str__(self) -> str:
+        saved = "1 message was" if self.num_messages == 1 else f"{self.num_messages} messages were"
+        return (
+            f"The session database was damaged. {saved} saved from it; the damaged file is kept "
+            f"as {self.moved_to}."
+        )
+
 
 class Store:
     """See the module. Use `Store.open`; close it, or use it as a context manager."""
@@ -117,18 +124,36 @@ class Store:
 
     @classmethod
     def open(cls, path: Path, *, busy_timeout_s: float = BUSY_TIMEOUT_S) -> Store:
-        """Open or create the store at `path`; see `Database.open`. Raises StoreError."""
+        """Open or create the store at `path`; see `Database.open`. Raises StoreError.
+
+        Damage in what a front end shows first is found here, other damage when it is read.
+        """
         store = cls(Database.open(path, _schema(), busy_timeout_s=busy_timeout_s))
         try:
-            store.adopt_dead_answers()
-            if store._db.set_aside:
-                with store._db.transaction(write=False):
-                    count = store._db.run("SELECT count(*) FROM messages").fetchone()[0]
-                store.recovery = Recovery(store._db.set_aside, count)
+            store._begin()
+        except StoreError:
+            store.close()
+            if not store._db.suspect:
+                raise
+            store = cls(Database.open(path, _schema(), busy_timeout_s=busy_timeout_s))
+            try:
+                store._begin()
+            except BaseException:
+                store.close()
+                raise
         except BaseException:
             store.close()
             raise
         return store
+
+    def _begin(self) -> None:
+        self.adopt_dead_answers()
+        for session in self.sessions()[:1]:
+            self.branch(session.id)
+        if self._db.set_aside:
+            with self._db.transaction(write=False):
+                count = self._db.run("SELECT count(*) FROM messages").fetchone()[0]
+            self.recovery = Recovery(self._db.set_aside, count)
 
     def close(self) -> None:
         """Write what is buffered; answers still open become 'partial'. Harmless when repeated."""
@@ -347,6 +372,15 @@ class Store:
             if leaf is None:
                 raise StoreError(f"Message {message_id} was deleted", hint="Restore it first.")
             self._change_session("leaf_id = :leaf", {"leaf": leaf, "id": session_id})
+
+    def go_back_to(self, message_id: int) -> None:
+        """Make a message the end of the branch in sight: what comes next follows it. What was
+        below it stays, and `select_branch` brings it back."""
+        with self._db.transaction():
+            message = self.message(message_id)
+            if message.deleted_at is not None:
+                raise StoreError(f"Message {message_id} was deleted", hint="Restore it first.")
+            self._change_session("leaf_id = :leaf", {"leaf": message_id, "id": message.session_id})
 
     def delete_message(self, message_id: int) -> None:
         """Hide a message and all below it; `restore_message` undoes it until `purge`.

@@ -17,11 +17,18 @@ import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 from typing import BinaryIO
 
+import msgspec
+
 from w2c_tui.backends.base import Backend, ModelInfo, Report
-from w2c_tui.core.errors import ConfigError, EngineError, W2CError
+from w2c_tui.backends.choice import choose_backend
+from w2c_tui.core.config import LoadSpec
+from w2c_tui.core.errors import EngineError, W2CError
+from w2c_tui.core.locate import bundled_folder, display_name
 from w2c_tui.engine import wire
+from w2c_tui.export.outcome import Exported
 
 
 def main() -> None:
@@ -93,11 +100,19 @@ class Engine:
                 from w2c_tui.core.image import open_image
                 from w2c_tui.models.page_text import read_page_text
 
-                return wire.Done(ident, lines=read_page_text(open_image(request.image)))
+                lines = read_page_text(open_image(request.image), colors=request.colors)
+                return wire.Done(ident, lines=lines)
             case wire.Plan():
-                from w2c_tui.backends.hf import plan_placement
-
-                shares = plan_placement(request.spec, self._reporter(ident))
+                report = self._reporter(ident)
+                spec = _with_file(request.spec, report)
+                chosen = choose_backend(spec)
+                if chosen == "openai":
+                    return wire.Done(ident, shares=())
+                if chosen == "gguf":
+                    from w2c_tui.backends.gguf import plan_placement
+                else:
+                    from w2c_tui.backends.hf import plan_placement
+                shares = plan_placement(spec, report)
                 return wire.Done(ident, shares=shares)
             case wire.Convert():
                 from w2c_tui.core.config import paths
@@ -107,16 +122,39 @@ class Engine:
                 report = self._reporter(ident)
                 source = locate(request.source, paths().models, report)
                 convert(source, request.out, report, cache_dir=paths().models)
+            case wire.Export():
+                return wire.Done(ident, exported=self._export(request))
             case wire.Unload():
                 self._unload()
         return wire.Done(ident)
 
+    def _export(self, request: wire.Export) -> Exported:
+        from w2c_tui.core.config import paths
+        from w2c_tui.core.locate import locate
+        from w2c_tui.export.gguf_export import export
+
+        report = self._reporter(request.request)
+        source = locate(request.source, paths().models, report)
+        return export(
+            source,
+            Path(request.out),
+            request.spec,
+            report,
+            name=request.name,
+            force=request.force,
+            cache_dir=paths().models,
+        )
+
     def _load(self, request: wire.Load) -> ModelInfo:
         self._unload()
-        backend = _backend(request.spec.backend)
-        info = backend.load(request.spec, self._reporter(request.request))
+        report = self._reporter(request.request)
+        spec = _with_file(request.spec, report)
+        backend = _backend(spec)
+        info = backend.load(spec, report)
         self._backend = backend
-        return info
+        if spec is request.spec:
+            return info
+        return msgspec.structs.replace(info, name=display_name(request.spec.name))
 
     def _reporter(self, ident: int) -> Report:
         """Progress for request `ident`; raises EngineError once it is cancelled."""
@@ -124,7 +162,7 @@ class Engine:
 
         def report(phase: str, done: int, total: int) -> None:
             if ident in self._cancelled:
-                raise EngineError("Loading was cancelled.")
+                raise EngineError("The work was cancelled.")
             # Every tensor reports; nobody needs to see more than ten of them in a second.
             nonlocal last
             now = time.monotonic()
@@ -150,12 +188,32 @@ class Engine:
             os._exit(0)
 
 
-def _backend(name: str) -> Backend:
-    if name == "hf":
-        from w2c_tui.backends.hf import HFBackend
+def _with_file(spec: LoadSpec, report: Report) -> LoadSpec:
+    """`spec` with a GGUF file in place of a bundled model, made on first use, where one is run."""
+    from w2c_tui.core.config import paths
 
-        return HFBackend()
-    raise ConfigError(f"There is no backend called {name!r}.", hint="Choose one of: hf.")
+    folder = bundled_folder(spec.name)
+    if folder is None or choose_backend(spec) != "gguf":
+        return spec
+    from w2c_tui.export.bundled import gguf_of
+
+    path = gguf_of(folder, paths().models, report)
+    return msgspec.structs.replace(spec, name=str(path))
+
+
+def _backend(spec: LoadSpec) -> Backend:
+    chosen = choose_backend(spec)
+    if chosen == "gguf":
+        from w2c_tui.backends.gguf import GGUFBackend
+
+        return GGUFBackend()
+    if chosen == "openai":
+        from w2c_tui.backends.openai import OpenAIBackend
+
+        return OpenAIBackend()
+    from w2c_tui.backends.hf import HFBackend
+
+    return HFBackend()
 
 
 def _take_over_pipes() -> tuple[BinaryIO, BinaryIO]:
@@ -187,6 +245,9 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    native = logging.getLogger("llama.cpp")
+    native.addHandler(logging.StreamHandler())
+    native.setLevel(logging.INFO)
     warnings.simplefilter("default")
 
 

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from w2c_tui.backends.base import Event, ModelInfo, Report
-from w2c_tui.core.config import DeviceShare, GenerationParams, LoadSpec, checked
+from w2c_tui.core.config import DeviceShare, ExportSpec, GenerationParams, LoadSpec, checked
 from w2c_tui.core.conversation import Attachment, Message, TextLine
 from w2c_tui.core.errors import EngineCrashedError, EngineError, StoreError, error_named
 from w2c_tui.engine import wire
+from w2c_tui.export.outcome import Exported
 
 _LOG_LIMIT_BYTES = 5_000_000
 _CLOSE_WAIT_S = 3.0
@@ -70,9 +71,12 @@ class EngineClient:
                 if isinstance(reply, wire.Emitted):
                     yield reply.event
 
-    def read_text(self, image: Attachment) -> tuple[TextLine, ...]:
-        """The lines of text on a screenshot, by text recognition in the engine process."""
-        done = self._ask(lambda number: wire.ReadText(number, image))
+    def read_text(self, image: Attachment, *, colors: bool = False) -> tuple[TextLine, ...]:
+        """The lines of text on a screenshot, by text recognition in the engine process.
+
+        `colors`: with the colours of each line.
+        """
+        done = self._ask(lambda number: wire.ReadText(number, image, colors))
         return done.lines or ()
 
     def plan(self, spec: LoadSpec, report: Report | None = None) -> tuple[DeviceShare, ...]:
@@ -83,6 +87,27 @@ class EngineClient:
     def convert(self, source: str, out: Path, report: Report | None = None) -> None:
         """Write the model `source` as a standard folder at `out`, which must not exist."""
         self._ask(lambda number: wire.Convert(number, source, str(out)), report)
+
+    def export(
+        self,
+        source: str,
+        out: Path,
+        spec: ExportSpec,
+        report: Report | None = None,
+        *,
+        name: str = "",
+        force: bool = False,
+    ) -> Exported:
+        """Write the model `source` as GGUF files into the folder `out`.
+
+        `name`: first part of the files' names, the model's own if empty. `force`: replace files.
+        """
+        spec = checked(spec)
+        done = self._ask(
+            lambda number: wire.Export(number, source, str(out), name, force, spec), report
+        )
+        assert done.exported is not None
+        return done.exported
 
     def cancel(self) -> None:
         """End the running request, if any; it finishes with reason "cancelled"."""

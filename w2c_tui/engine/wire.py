@@ -12,8 +12,9 @@ from typing import BinaryIO, TypeVar
 import msgspec
 
 from w2c_tui.backends.base import Event, ModelInfo
-from w2c_tui.core.config import DeviceShare, GenerationParams, LoadSpec
+from w2c_tui.core.config import DeviceShare, ExportSpec, GenerationParams, LoadSpec
 from w2c_tui.core.conversation import Attachment, Message, TextLine
+from w2c_tui.export.outcome import Exported
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
@@ -30,6 +31,7 @@ class Stream(msgspec.Struct, frozen=True, tag=True):
 class ReadText(msgspec.Struct, frozen=True, tag=True):
     request: int
     image: Attachment
+    colors: bool = False
 
 
 class Plan(msgspec.Struct, frozen=True, tag=True):
@@ -45,6 +47,17 @@ class Convert(msgspec.Struct, frozen=True, tag=True):
     request: int
     source: str
     out: str
+
+
+class Export(msgspec.Struct, frozen=True, tag=True):
+    """Write the model `source` as GGUF files into the folder `out`; `name` is their first part."""
+
+    request: int
+    source: str
+    out: str
+    name: str
+    force: bool
+    spec: ExportSpec
 
 
 class Unload(msgspec.Struct, frozen=True, tag=True):
@@ -76,6 +89,7 @@ class Done(msgspec.Struct, frozen=True, tag=True):
     info: ModelInfo | None = None
     lines: tuple[TextLine, ...] | None = None
     shares: tuple[DeviceShare, ...] | None = None
+    exported: Exported | None = None
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -87,7 +101,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     hint: str
 
 
-Request = Load | Stream | ReadText | Plan | Convert | Unload | Cancel
+Request = Load | Stream | ReadText | Plan | Convert | Export | Unload | Cancel
 Reply = Progress | Emitted | Done | Failed
 
 T = TypeVar("T")

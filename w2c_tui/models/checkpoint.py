@@ -56,6 +56,7 @@ from transformers import (
 )
 
 import w2c_tui
+from w2c_tui.core.conversation import Hints
 from w2c_tui.core.errors import (
     CheckpointError,
     MissingPackageError,
@@ -75,6 +76,7 @@ from w2c_tui.models.weights import (
     listed,
     read_bin,
     read_json,
+    read_safetensors,
     split_rows,
     stored_tensors,
     with_rows,
@@ -113,12 +115,14 @@ class CheckpointCard(msgspec.Struct, frozen=True, kw_only=True):
 
     `family`: what the weights are, e.g. "llava_crystal". `template`: "plain", "v1" or "chat" (the
     tokenizer's own). `image`: how pixels are prepared. `recipe`, `data_fingerprint`: how it was
-    trained. `code_version`: of this package, when it was written.
+    trained. `code_version`: of this package, when it was written. `hints`: what it was trained to
+    be told about a picture beside seeing it: the text that recognition finds, also with colours.
     """
 
     family: str
     template: str
     image: ImageSpec | None = None
+    hints: Hints = "none"
     recipe: dict[str, Any] = {}
     data_fingerprint: str = ""
     code_version: str = w2c_tui.__version__
@@ -168,6 +172,7 @@ class LoadedModel:
     context_length: int
     source_label: str
     image_seq_length: int = 0
+    hints: Hints = "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,22 +340,24 @@ def open_checkpoint(
     source: str | os.PathLike[str],
     *,
     trust_remote_code: bool = False,
+    weights: bool = True,
     report: Report = _silent,
     cache_dir: Path | None = None,
 ) -> Checkpoint:
     """Find out what `source` is: a folder, a `.gguf` file, or a hub name `owner/name`.
 
     No weights are read except to convert a GGUF file, which is done once, into `cache_dir`
-    (default: the application's cache). Raises ModelNotFoundError, DownloadError, CheckpointError or
-    UnsafeCheckpointError.
+    (default: the application's cache). Without `weights` a Hugging Face folder need not have any,
+    and none are fetched from the hub: enough for a dry run. Raises ModelNotFoundError,
+    DownloadError, CheckpointError or UnsafeCheckpointError.
     """
-    folder = _resolve(os.fspath(source), report, cache_dir, trust_remote_code)
+    folder = _resolve(os.fspath(source), report, cache_dir, trust_remote_code, weights)
     label = os.fspath(source)
     with _damage_in(folder):
         raw = _read_config(folder)
         if _is_llava_layout(raw):
             return _open_llava_layout(folder, label, raw, report, cache_dir)
-        return _open_huggingface(folder, label, raw, trust_remote_code)
+        return _open_huggingface(folder, label, raw, trust_remote_code, weights)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -376,7 +383,7 @@ def _is_llava_layout(raw: Mapping[str, Any]) -> bool:
 
 
 def _open_huggingface(
-    folder: Path, label: str, raw: dict[str, Any], trust_remote_code: bool
+    folder: Path, label: str, raw: dict[str, Any], trust_remote_code: bool, weights: bool = True
 ) -> Checkpoint:
     config = _known_config(folder, raw, trust_remote_code)
     model_class = _model_class(config)
@@ -392,8 +399,9 @@ def _open_huggingface(
     tensors: dict[str, StoredTensor] | None = None
     if not remote and getattr(config, "quantization_config", None) is None:
         tensors = stored_tensors(folder)
-        if not tensors:
+        if not tensors and weights:
             raise _no_weights(folder)
+        tensors = tensors or None
     published_crystal = config.model_type == "crystalcoder" and "transformer.wte.weight" in (
         tensors or ()
     )
@@ -677,11 +685,17 @@ def _add_image_token(tokenizer: Any) -> int:
 # --- Where a source is ----------------------------------------------------------------------------
 
 
-def _resolve(source: str, report: Report, cache_dir: Path | None, trust_remote_code: bool) -> Path:
+def _resolve(
+    source: str,
+    report: Report,
+    cache_dir: Path | None,
+    trust_remote_code: bool,
+    weights: bool = True,
+) -> Path:
     """The folder that `source` means, downloaded or converted if it has to be."""
     path = Path(source).expanduser()
     if path.is_dir():
-        return path
+        return _whole(path, cache_dir, report)
     if path.is_file():
         with path.open("rb") as file:
             magic = file.read(4)
@@ -692,11 +706,19 @@ def _resolve(source: str, report: Report, cache_dir: Path | None, trust_remote_c
             hint="Name the folder that holds config.json and the weights.",
         )
     if re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", source) and not path.parent.is_dir():
-        return fetch_from_hub(source, report, with_code=trust_remote_code)
+        return fetch_from_hub(source, report, with_code=trust_remote_code, weights=weights)
     raise ModelNotFoundError(
         f"There is no model {source}.",
         hint="Give a folder, a .gguf file, or a hub name like LLM360/CrystalChat-7B-Web2Code.",
     )
+
+
+def _whole(folder: Path, cache_dir: Path | None, report: Report) -> Path:
+    """`folder`, or if it is only the trained part of a model, the whole one, made on first use."""
+    from w2c_tui.core.config import paths
+    from w2c_tui.models.bundled import assemble, is_bundled
+
+    return assemble(folder, cache_dir or paths().models, report) if is_bundled(folder) else folder
 
 
 def _converted_gguf(path: Path, cache_dir: Path | None, report: Report) -> Path:
@@ -740,7 +762,7 @@ def _converted_gguf(path: Path, cache_dir: Path | None, report: Report) -> Path:
             key: value.half() if value.ndim > 1 and value.abs().max() < 65504 else value
             for key, value in model.state_dict().items()
         }
-        with _new_folder(out, or_existing=True) as scratch:
+        with new_folder(out, or_existing=True) as scratch:
             model.save_pretrained(scratch, state_dict=state)
             tokenizer.save_pretrained(scratch)
             write_card(scratch, CheckpointCard(family=model.config.model_type, template="chat"))
@@ -749,7 +771,7 @@ def _converted_gguf(path: Path, cache_dir: Path | None, report: Report) -> Path:
 
 
 @contextlib.contextmanager
-def _new_folder(out: Path, *, or_existing: bool = False) -> Iterator[Path]:
+def new_folder(out: Path, *, or_existing: bool = False) -> Iterator[Path]:
     """A scratch folder that becomes `out` in one step, or leaves no trace.
 
     `or_existing`: another process may have made the same folder meanwhile; then that one counts.
@@ -881,6 +903,7 @@ def load_checkpoint(
         family=checkpoint.card.family,
         context_length=length or 2048,
         source_label=checkpoint.label,
+        hints=checkpoint.card.hints,
         image_seq_length=0
         if image is None
         else llava.num_image_tokens(
@@ -1124,7 +1147,7 @@ def convert(
         room -= tensor.num_bytes
     total, done = checkpoint.num_bytes, 0
     weight_map: dict[str, str] = {}
-    with _new_folder(out) as scratch, _damage_in(checkpoint.folder):
+    with new_folder(out) as scratch, _damage_in(checkpoint.folder):
         for at, names in enumerate(shards):
             file = "model.safetensors"
             if len(shards) > 1:
@@ -1140,29 +1163,182 @@ def convert(
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             path = scratch / "model.safetensors.index.json"
             path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        _write_beside(checkpoint, scratch)
+        config = checkpoint.config
+        config.architectures = [checkpoint.model_class.__name__]
+        config.dtype = next(iter(checkpoint.tensors.values())).dtype
+        card = checkpoint.card
+        _write_beside(scratch, config, card, checkpoint.tokenizer, checkpoint.processor)
+        if (checkpoint.folder / "generation_config.json").is_file():
+            shutil.copyfile(
+                checkpoint.folder / "generation_config.json", scratch / "generation_config.json"
+            )
     return out
 
 
-def _write_beside(checkpoint: Checkpoint, folder: Path) -> None:
-    """Everything of a standard folder except the weights."""
+def write_model(
+    model: PreTrainedModel,
+    out: str | os.PathLike[str],
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    card: CheckpointCard,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    max_shard_bytes: int = 2 * 1000**3,
+) -> Path:
+    """Write `model` as a standard folder: Hugging Face layout, safetensors, w2c.json.
+
+    `state_dict`: its weights, if they are not in the model itself. `out` must not exist, and
+    appears complete or not at all. Raises CheckpointError.
+    """
+    out = Path(out).expanduser()
+    if out.exists():
+        raise CheckpointError(f"{out} exists already.", hint="Name a folder that does not exist.")
+    try:
+        with new_folder(out) as scratch:
+            write_parts(
+                scratch,
+                model,
+                state_dict,
+                tokenizer=tokenizer,
+                card=card,
+                max_shard_bytes=max_shard_bytes,
+            )
+    except OSError as error:
+        raise CheckpointError(
+            f"{out} cannot be written: {error.strerror or error}.",
+            hint="Free some space, or name another folder.",
+        ) from error
+    return out
+
+
+def write_parts(
+    folder: Path,
+    model: PreTrainedModel,
+    state_dict: dict[str, torch.Tensor] | None,
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    card: CheckpointCard,
+    max_shard_bytes: int = 2 * 1000**3,
+) -> None:
+    """Everything of a standard folder, into the empty `folder`."""
+    with _quiet():
+        model.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_bytes)
+        _write_beside(folder, model.config, card, tokenizer, None)
+
+
+def _write_beside(
+    folder: Path,
+    config: PreTrainedConfig,
+    card: CheckpointCard,
+    tokenizer: Any,
+    processor: ProcessorMixin | None,
+) -> None:
+    """Everything of a standard folder except the weights and how to sample."""
     from w2c_tui.core.prompt import TEMPLATES, as_jinja
 
-    config = checkpoint.config
-    config.architectures = [checkpoint.model_class.__name__]
-    config.dtype = next(iter((checkpoint.tensors or {}).values())).dtype
     config.save_pretrained(folder)
-    card, tokenizer = checkpoint.card, checkpoint.tokenizer
-    if not tokenizer.chat_template and card.template in TEMPLATES:
+    if card.template in TEMPLATES:
+        tokenizer = copy.deepcopy(tokenizer)
         tokenizer.chat_template = as_jinja(TEMPLATES[card.template])
-    processor = checkpoint.processor
     if processor is None and card.image is not None and isinstance(config, LlavaConfig):
         processor = llava.processor_for(config, tokenizer, card.image)
     (processor or tokenizer).save_pretrained(folder)
-    for name in ("generation_config.json",):
-        if (checkpoint.folder / name).is_file():
-            shutil.copyfile(checkpoint.folder / name, folder / name)
     write_card(folder, card)
+
+
+# --- The parts of a multimodal model --------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class TowerSource:
+    """A vision tower that was looked at: its configuration and pixels, and where its weights are.
+
+    `folder`: None for one of the built-in table that is not on this machine yet.
+    """
+
+    name: str
+    config: PreTrainedConfig
+    image: ImageSpec
+    folder: Path | None
+
+    def load(self, dtype: torch.dtype, report: Report = _silent) -> PreTrainedModel:
+        """Read the weights, fetching them if need be. Raises CheckpointError or DownloadError."""
+        folder = self.folder or _resolve(self.name, report, None, False)
+        model_class: Any = transformers.MODEL_MAPPING[type(self.config)]
+        with _quiet(), _damage_in(folder):
+            model, info = model_class.from_pretrained(
+                folder, config=self.config, dtype=dtype, output_loading_info=True
+            )
+        lost = [*info["missing_keys"], *map(str, info["mismatched_keys"])]
+        if lost:
+            raise CheckpointError(
+                f"The vision tower in {folder} lacks weights: {listed(sorted(lost))}",
+                hint="Download the folder again.",
+            )
+        return model
+
+
+def open_tower(source: str | os.PathLike[str], *, report: Report = _silent) -> TowerSource:
+    """Find out what tower `source` is: a folder or a hub name. Reads no weights.
+
+    Raises ModelNotFoundError, DownloadError or CheckpointError.
+    """
+    name = os.fspath(source)
+    known = llava.TOWERS.get(name)
+    if known is not None and not Path(name).is_dir():
+        return TowerSource(name, known.vision_config(), known.image, None)
+    folder = _resolve(name, report, None, False)
+    with _damage_in(folder):
+        config = AutoConfig.from_pretrained(folder)
+        config = getattr(config, "vision_config", config)
+        llava.has_cls_token(config)
+        image = ImageSpec.from_processor_config(read_json(folder / "preprocessor_config.json"))
+    return TowerSource(name, config, image, folder)
+
+
+PROJECTOR_NAME = "projector.safetensors"
+
+
+def read_projector(source: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """The weights of a two-layer projector by the names of `LlavaMultiModalProjector`.
+
+    `source`: a file that `write_projector` wrote, an `mm_projector.bin` as LLaVA publishes it, or a
+    folder that holds one of the two. Raises CheckpointError or UnsafeCheckpointError.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        names = (PROJECTOR_NAME, "mm_projector.bin")
+        path = next((path / name for name in names if (path / name).is_file()), path)
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} holds no projector.", hint=f"Name a {PROJECTOR_NAME} or an mm_projector.bin."
+        )
+    stored = read_safetensors(path) if path.suffix == ".safetensors" else read_bin(path)
+    weights = {}
+    for key, tensor in stored.items():
+        match = _PROJECTOR.fullmatch(key)
+        name = (
+            f"linear_{int(match[1]) // 2 + 1}.{match[2]}" if match else key.split("projector.")[-1]
+        )
+        weights[name] = tensor[...]
+    if set(weights) != {f"linear_{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias")}:
+        raise CheckpointError(
+            f"{path} is no two-layer projector; it holds {listed(sorted(stored))}.",
+            hint="Only mlp2x_gelu projectors are read.",
+        )
+    return weights
+
+
+def write_projector(weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a projector alone, by the names of `LlavaMultiModalProjector`."""
+    from safetensors.torch import save_file
+
+    scratch = path.with_name(f".{path.name}.partial")
+    save_file(
+        {f"multi_modal_projector.{name}": tensor for name, tensor in weights.items()},
+        scratch,
+        metadata={"format": "pt"},
+    )
+    scratch.replace(path)
 
 
 # --- Small things ---------------------------------------------------------------------------------

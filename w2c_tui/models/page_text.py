@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from PIL import Image
 
@@ -35,11 +36,16 @@ MIN_SIDE_PX, MAX_WIDTH_PX = 480, 2000
 BAND_PX, OVERLAP_PX, MAX_BANDS = 1600, 200, 16
 """Tall pages are read in overlapping bands; a page beyond `MAX_BANDS` of them is scaled down."""
 
+MAX_SAMPLED_PIXELS = 40_000
+"""Pixels of a line that are looked at for its colours; of larger ones every second, third, ..."""
+
 _lock = threading.Lock()
 
 
-def read_page_text(image: Image.Image) -> tuple[TextLine, ...]:
+def read_page_text(image: Image.Image, *, colors: bool = False) -> tuple[TextLine, ...]:
     """The lines of text on `image`, top to bottom and left to right within a row.
+
+    `colors`: with the colours of each line, read off `image` (see `with_colors`).
 
     Boxes are pixels of `image`, clipped to it. Time grows with the area, to about 30 s on two cores
     at the limit of `MAX_BANDS`; memory stays below 1 GB. Raises `MissingPackageError` without
@@ -60,7 +66,45 @@ def read_page_text(image: Image.Image) -> tuple[TextLine, ...]:
             hint="Run without --ocr, or try a smaller or cropped screenshot.",
         ) from error
     lines = [line for raw in found if (line := _in_pixels(raw, scale, image.size))]
-    return _in_reading_order(_without_icons(_without_repeats(lines)))
+    ordered = _in_reading_order(_without_icons(_without_repeats(lines)))
+    return with_colors(image, ordered) if colors else ordered
+
+
+def with_colors(image: Image.Image, lines: Sequence[TextLine]) -> tuple[TextLine, ...]:
+    """`lines` with the colour of their letters and of what is behind them, read off `image`.
+
+    Behind is the commonest colour of the box; the letters are what differs most from it, since the
+    edges of letters are mixtures of both.
+    """
+    return tuple(_with_colors(image, line) for line in lines)
+
+
+_FEWEST_PIXELS = 4
+
+
+def _with_colors(image: Image.Image, line: TextLine) -> TextLine:
+    left, top, right, bottom = line.box
+    box = (max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height))
+    if box[2] <= box[0] or box[3] <= box[1]:
+        return line
+    pixels = np.asarray(image.crop(box).convert("RGB")).reshape(-1, 3)
+    if len(pixels) > MAX_SAMPLED_PIXELS:
+        pixels = pixels[:: -(-len(pixels) // MAX_SAMPLED_PIXELS)]
+    packed = pixels.astype(np.int32) @ np.array([65536, 256, 1], dtype=np.int32)
+    values, counts = np.unique(packed, return_counts=True)
+    ground = _unpacked(values[counts.argmax()])
+    apart = np.abs(pixels.astype(np.int32) - ground).sum(axis=1)
+    if (apart > 0).sum() < _FEWEST_PIXELS:
+        return msgspec.structs.replace(line, ground=ground)
+    # The very largest difference may be a speck of something else.
+    far = np.partition(apart, -_FEWEST_PIXELS)[-_FEWEST_PIXELS]
+    inside = pixels[(apart >= 0.92 * far) & (apart <= 1.02 * far)]
+    red, green, blue = np.median(inside, axis=0).round().astype(int).tolist()
+    return msgspec.structs.replace(line, ink=(red, green, blue), ground=ground)
+
+
+def _unpacked(value: Any) -> tuple[int, int, int]:
+    return int(value) >> 16, int(value) >> 8 & 255, int(value) & 255
 
 
 @cache

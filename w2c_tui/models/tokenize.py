@@ -8,11 +8,12 @@ tokenised once, as a whole, with special-token parsing off. Knows nothing about 
 from __future__ import annotations
 
 import json
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from w2c_tui.core.errors import CheckpointError
@@ -63,7 +64,7 @@ class PromptTokenizer:
         # Private copies: here text is only ever text, while the processor's own tokenizer must go
         # on reading special tokens.
         state = json.loads(backend.to_str())
-        _unlearn(state["model"], set(self._special))
+        state["model"] = unlearned(state["model"], set(self._special))
         self._at_start = self._inside = Tokenizer.from_str(json.dumps(state))
         self._start_ids: list[int] = self._at_start.encode("").ids
         if _patch_prepend_scheme(state):
@@ -149,12 +150,13 @@ class PromptTokenizer:
             text, spans = kept, [(start - shift, end - shift) for start, end in spans]
         encoder = self._at_start if at_start else self._inside
         encoding = encoder.encode(text, add_special_tokens=False)
-        if not spans:
-            return encoding.ids, [False] * len(encoding.ids)
-        return encoding.ids, [
-            any(max(start, a) < min(max(end, start + 1), b) for a, b in spans)
-            for start, end in encoding.offsets
-        ]
+        supervised = [False] * len(encoding)
+        for start, end in spans:
+            # Offsets are in order, and asking for one is far cheaper than listing them all.
+            first = bisect_right(_Ends(encoding), start)
+            last = bisect_left(_Starts(encoding), end, lo=first)
+            supervised[first:last] = [True] * (last - first)
+        return encoding.ids, supervised
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special tokens are left out, as they are no part of an answer."""
@@ -211,6 +213,32 @@ class TextStream:
         return text
 
 
+class _Starts:
+    """The characters at which the tokens of an encoding start."""
+
+    def __init__(self, encoding: Encoding) -> None:
+        self._encoding = encoding
+
+    def __len__(self) -> int:
+        return len(self._encoding)
+
+    def __getitem__(self, at: int) -> int:
+        return self._span(at)[0]
+
+    def _span(self, at: int) -> tuple[int, int]:
+        span = self._encoding.token_to_chars(at)
+        assert span is not None  # only tokens that a post-processor adds have no characters
+        return span
+
+
+class _Ends(_Starts):
+    """The characters before which they end; a token without characters reaches over one."""
+
+    def __getitem__(self, at: int) -> int:
+        start, end = self._span(at)
+        return max(end, start + 1)
+
+
 def _supervised_spans(run: Sequence[Segment]) -> Iterator[tuple[int, int]]:
     at = 0
     for segment in run:
@@ -219,23 +247,28 @@ def _supervised_spans(run: Sequence[Segment]) -> Iterator[tuple[int, int]]:
         at += len(segment.text)
 
 
-def _unlearn(model: dict[str, Any], special: set[str]) -> None:
-    """Keep a BPE or Unigram `model` from spelling a special token out of ordinary characters.
+def unlearned(model: dict[str, Any], special: set[str]) -> dict[str, Any]:
+    """A BPE or Unigram `model` that never spells a special token out of ordinary characters.
 
     With special-token parsing off, merges that were learnt from (or made for) a vocabulary that
     lists `</s>` still join `</`, `s>` to its id.
     """
     if model.get("type") == "Unigram":
-        model["vocab"] = [
-            [piece, -1e6 if piece in special else score] for piece, score in model["vocab"]
-        ]
-    elif "merges" in model:
-        model["merges"] = [
+        return model | {
+            "vocab": [
+                [piece, -1e6 if piece in special else score] for piece, score in model["vocab"]
+            ]
+        }
+    if "merges" not in model:
+        return model
+    return model | {
+        "merges": [
             merge
             for merge in model["merges"]
             if ("".join(merge) if isinstance(merge, list) else merge.replace(" ", "", 1))
             not in special
         ]
+    }
 
 
 def _patch_prepend_scheme(state: Any) -> bool:

@@ -78,7 +78,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     Raises CheckpointError naming the file that is missing, cut off or inconsistent, and
     UnsafeCheckpointError for a pickle that holds more than tensors. An empty dict means no weights.
     """
-    for stem, read in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", read_bin)):
+    for stem, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_bin)):
         index = folder / f"{stem}.index.json"
         if index.is_file():
             return _sharded(index, read)
@@ -93,7 +93,14 @@ def _sharded(
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index} has no weight_map.", hint="Download the file again.")
-    shards = sorted(set(weight_map.values()))
+    shards = sorted(set(map(str, weight_map.values())))
+    # The index is part of what was downloaded: it may not name files from elsewhere.
+    outside = [shard for shard in shards if Path(shard).name != shard or "\\" in shard]
+    if outside:
+        raise CheckpointError(
+            f"{index} names files outside of its folder: {listed(outside)}",
+            hint="Do not use this checkpoint, or take it from its own source again.",
+        )
     absent = [shard for shard in shards if not (index.parent / shard).is_file()]
     if absent:
         raise CheckpointError(
@@ -113,8 +120,8 @@ def _sharded(
     return tensors
 
 
-def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """See the format section of the safetensors README: length, JSON header, then raw bytes."""
+def read_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file: length, JSON header, then raw bytes (its README)."""
 
     def damaged(problem: str) -> CheckpointError:
         return CheckpointError(f"{path}: {problem}.", hint="Download the file again.")

@@ -15,11 +15,18 @@ from typing import Literal
 
 import msgspec
 
-from w2c_tui.backends.base import Finished, Prefill, Stats, Text, Trimmed
+from w2c_tui.backends.base import Event, Finished, FinishReason, Prefill, Stats, Text, Trimmed
 from w2c_tui.core.config import GenerationParams
+from w2c_tui.core.conversation import Message
 from w2c_tui.core.errors import EngineError, W2CError
+from w2c_tui.core.iteration import Iteration, given
+from w2c_tui.core.prompt import PAGE_PROMPT
 from w2c_tui.core.store import Store, StoredMessage, StreamingAnswer
 from w2c_tui.engine.client import EngineClient
+
+_BEGUN_TOKENS = 100
+"""Tokens beside those of the page's words."""
+_END = "</html>"
 
 Phase = Literal["waiting", "reading", "writing", "over"]
 
@@ -39,6 +46,7 @@ class Answer:
         self.error: W2CError | None = None
         self.num_pieces = 0
         self._writer = writer
+        self._iteration: Iteration = "history"
         self._pieces: deque[str] = deque()
         self._first_piece_at = 0.0
         self._cancelled = threading.Event()
@@ -79,19 +87,21 @@ class Answer:
         store: Store,
         params: GenerationParams,
         ready: Callable[[], None],
+        iteration: Iteration = "history",
+        *,
+        begins_pages: bool = False,
     ) -> None:
         """On a thread: ask the engine and write the answer. `ready` loads the model if need be.
+        `begins_pages` begins a page for a model that would not know how to.
 
         Raises nothing: a failure ends up in the stored message and in `error`.
         """
         try:
-            self._run(engine, store, params, ready)
+            self._run(engine, store, params, ready, iteration, begins_pages)
         except W2CError as error:
-            self._fail(error)
+            self.fail(error)
         finally:
-            self.phase = "over"
-            self._engine = None
-            self._done.set()
+            self._over()
 
     def _run(
         self,
@@ -99,6 +109,8 @@ class Answer:
         store: Store,
         params: GenerationParams,
         ready: Callable[[], None],
+        iteration: Iteration,
+        begins_pages: bool,
     ) -> None:
         ready()
         if self._cancelled.is_set():
@@ -107,36 +119,89 @@ class Answer:
         messages = store.conversation(self.session_id, self.message_id)
         if not self.text:
             messages.pop()
+        messages = given(messages, iteration)
+        begun = self._begun(messages) if begins_pages else None
+        if begun is not None:
+            messages = begun
+            text = messages[-1].text
+            # Without an end of its own such a model goes round in circles.
+            length = min(params.max_new_tokens, _BEGUN_TOKENS + len(messages[1].text))
+            params = msgspec.structs.replace(params, max_new_tokens=length)
         with contextlib.closing(engine.stream(messages, params)) as events:  # type: ignore[type-var]
             for event in events:
-                self._engine = engine
-                if self._cancelled.is_set() and not isinstance(event, Finished):
-                    engine.cancel()
-                match event:
-                    case Text():
-                        self._writer.append(event.delta)
-                        self._pieces.append(event.delta)
-                        self._first_piece_at = self._first_piece_at or time.monotonic()
-                        self.num_pieces += 1
-                        self.phase = "writing"
-                    case Prefill():
-                        self.prefill, self.phase = event, "reading"
-                    case Trimmed():
-                        self.trimmed = event
-                    case Finished():
-                        self.stats = event.stats
-                        notes = {"num_left_out": self.trimmed.num_messages} if self.trimmed else {}
-                        self._writer.finish(
-                            "complete" if event.reason == "stop" else "partial",
-                            reason=event.reason,
-                            stats=msgspec.structs.asdict(event.stats) | notes,
-                        )
+                if isinstance(event, Finished):
+                    self._iteration = iteration
+                    ended = begun is not None and _END in text.lower()
+                    self.finish("stop" if ended else event.reason, event)
+                    continue
+                self.take(event, engine)
+                if begun is not None and isinstance(event, Text):
+                    text += event.delta
+                    if _END in text[-len(event.delta) - len(_END) :].lower():
+                        # Whatever else the model wants to say, it is not the page.
+                        engine.cancel()
 
-    def _fail(self, error: W2CError) -> None:
+    def _begun(self, messages: list[Message]) -> list[Message] | None:
+        """The first request for a page, put so that a small text-only model can write it down;
+        the answer is begun. None for all other turns."""
+        from w2c_tui.core.page_text import begun_page
+
+        questions = [message for message in messages if message.role == "user"]
+        if len(questions) != 1 or questions[0].text != PAGE_PROMPT:
+            return None
+        image = next((image for image in questions[0].attachments if image.page_text), None)
+        if image is None:
+            return None
+        begun = begun_page(image)
+        if self.text:
+            return [*begun[:-1], Message("assistant", self.text)]
+        self._writer.append(begun[-1].text)
+        self._pieces.append(begun[-1].text)
+        return begun
+
+    def take(self, event: Event, engine: EngineClient) -> None:
+        """On the same thread: one event that is not the last."""
+        self._engine = engine
+        if self._cancelled.is_set():
+            engine.cancel()
+        match event:
+            case Text():
+                self._writer.append(event.delta)
+                self._pieces.append(event.delta)
+                self._first_piece_at = self._first_piece_at or time.monotonic()
+                self.num_pieces += 1
+                self.phase = "writing"
+            case Prefill():
+                self.prefill, self.phase = event, "reading"
+            case Trimmed():
+                self.trimmed = event
+
+    def finish(self, reason: FinishReason, event: Finished | None) -> None:
+        """It is over, with the measures of `event`."""
+        stats = msgspec.structs.asdict(event.stats) if event is not None else {}
+        self.stats = event.stats if event is not None else None
+        if event is not None:
+            stats["iteration"] = self._iteration
+            if self.trimmed:
+                stats["num_left_out"] = self.trimmed.num_messages
+        self._writer.finish(
+            "complete" if reason == "stop" else "partial", reason=reason, stats=stats
+        )
+        self._over()
+
+    def fail(self, error: W2CError) -> None:
+        """It ended with an error, or was stopped in the middle of one."""
         if self._cancelled.is_set() and isinstance(error, EngineError):
             with contextlib.suppress(W2CError):
                 self._writer.finish("partial", reason="cancelled")
+            self._over()
             return
         self.error = error
         with contextlib.suppress(W2CError):
             self._writer.finish("error", error=str(error))
+        self._over()
+
+    def _over(self) -> None:
+        self.phase = "over"
+        self._engine = None
+        self._done.set()

@@ -13,24 +13,35 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
+from textual.filter import LineFilter
 from textual.message import Message
 from textual.screen import Screen
 from textual.theme import Theme
 
 from w2c_tui.backends.base import ModelInfo
+from w2c_tui.core.catalog import find
 from w2c_tui.core.config import GenerationParams, LoadSpec, Paths, Settings
 from w2c_tui.core.conversation import Attachment
 from w2c_tui.core.errors import EngineError, W2CError
+from w2c_tui.core.iteration import Iteration
+from w2c_tui.core.page_text import WITHOUT_TEXT, recognises_text
 from w2c_tui.core.printable import printable
 from w2c_tui.core.store import Parent, Store
 from w2c_tui.engine.client import EngineClient
 from w2c_tui.tui.answer import Answer
+from w2c_tui.tui.harmless import HarmlessLines
+from w2c_tui.tui.live_preview import LivePreview
+from w2c_tui.tui.pages import Pages
 from w2c_tui.tui.picture import protocol_for
+from w2c_tui.tui.plain import KEYS, PlainAscii
+
+if TYPE_CHECKING:
+    from w2c_tui.tui.better_run import BetterRun
 
 log = logging.getLogger("w2c_tui.tui")
 log.addHandler(logging.NullHandler())
@@ -75,6 +86,18 @@ class AnswerOver(Message):
         self.answer = answer
 
 
+class TryBegan(Message):
+    """One of several tries at a page begins."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__()
+        self.answer = answer
+
+
+class BetterOver(Message):
+    """There will be no more tries."""
+
+
 class TextRead(Message):
     """Text recognition on a picture ended."""
 
@@ -102,8 +125,8 @@ class W2CApp(App[int]):
         (140, "-wide"),
     ]
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("ctrl+q", "quit", "Quit", id="quit", priority=True),
         Binding("f1", "keys", "Keys", id="help"),
+        Binding("ctrl+q", "quit", "Quit", id="quit", priority=True),
     ]
 
     def __init__(
@@ -131,6 +154,12 @@ class W2CApp(App[int]):
         self.answers: dict[int, Answer] = {}
         self.protocol = protocol_for(settings.interface.pictures)
         self.plain = _wants_ascii(settings.interface.ascii)
+        self._harmless = HarmlessLines()
+        self._ascii = PlainAscii()
+        self.pages = Pages(store, self.engine, settings, paths.pages)
+        self.preview = LivePreview(store, paths.pages)
+        self.better: BetterRun | None = None
+        """Several tries at one page, while they are made."""
         self._owns_engine = engine is None
         self._loading = threading.Lock()
         self._loaded_spec: LoadSpec | None = None
@@ -138,18 +167,31 @@ class W2CApp(App[int]):
         self._remembered = _recall(self._state_file)
         self._start = (list(images), session, new)
         self._ending = False
+        self._without_text = ""
 
     @property
     def info(self) -> ModelInfo | None:
         """The loaded model."""
         return self.engine.model if self.model_state == "ready" else None
 
+    def get_line_filters(self) -> Sequence[LineFilter]:
+        filters = [*super().get_line_filters(), self._harmless]
+        return [*filters, self._ascii] if self.plain else filters
+
+    def get_key_display(self, binding: Binding) -> str:
+        shown = super().get_key_display(binding)
+        if self.plain:
+            for sign, name in KEYS.items():
+                shown = shown.replace(sign, name)
+        return shown
+
     # ── start and end ─────────────────────────────────────────────────────────────────────────
 
     def get_default_screen(self) -> Screen[None]:
         from w2c_tui.tui.chat_screen import ChatScreen
+        from w2c_tui.tui.open_session import OpenSession
 
-        return ChatScreen(*self._start)
+        return ChatScreen(OpenSession(self.store, self.settings), *self._start)
 
     def on_mount(self) -> None:
         theme = self.settings.interface.theme or self._remembered.theme
@@ -159,17 +201,14 @@ class W2CApp(App[int]):
             names = ", ".join(sorted(self.available_themes))
             self.notify(f"There is no theme {theme!r}. There are: {names}.", markup=False)
         self.set_keymap(self.settings.interface.keys)
-        self.set_class(self.plain, "-ascii")
         if self.store.recovery is not None:
             self.notify(
-                f"The session database was damaged. {self.store.recovery.num_messages} messages "
-                f"were saved; the damaged file is {self.store.recovery.moved_to}.",
-                severity="warning",
-                timeout=30,
-                markup=False,
+                printable(str(self.store.recovery)), severity="warning", timeout=30, markup=False
             )
         self.theme_changed_signal.subscribe(self, self._theme_changed)
         self._end_on_signals()
+        if self.settings.interface.keys:
+            self.set_timer(0.5, self._check_keys)
         # After the first frame: starting a process costs more than drawing does.
         self.set_timer(0.05, self.load_model)
 
@@ -192,12 +231,13 @@ class W2CApp(App[int]):
     def shut_down(self) -> None:
         """End the engine and write what is unwritten: threads wait for it. Harmless repeated."""
         self._ending = True
-        for answer in list(self.answers.values()):
-            answer.cancel()
+        self.cancel_answers()
         if self._owns_engine:
             self.engine.close()
         for answer in list(self.answers.values()):
             answer.wait(2.0)
+        self.preview.close()
+        self.pages.close()
 
     async def action_quit(self) -> None:
         from w2c_tui.tui.chat_screen import ChatScreen
@@ -326,24 +366,40 @@ class W2CApp(App[int]):
     # ── answers ───────────────────────────────────────────────────────────────────────────────
 
     def begin_answer(
-        self, session_id: str, params: GenerationParams, *, parent: Parent = "leaf"
+        self,
+        session_id: str,
+        params: GenerationParams,
+        iteration: Iteration,
+        *,
+        parent: Parent = "leaf",
     ) -> Answer:
-        """Start answering below `parent`."""
+        """Start answering below `parent`, with as much of the conversation as `iteration` says."""
         name = self.info.name if self.info else self.spec.name
         writer = self.store.begin_answer(session_id, parent=parent, model=_short(name))
-        return self._answer(Answer(writer, self.store.message(writer.message_id)), params)
+        answer = Answer(writer, self.store.message(writer.message_id))
+        return self._answer(answer, params, iteration)
 
-    def continue_answer(self, message_id: int, params: GenerationParams) -> Answer:
+    def continue_answer(
+        self, message_id: int, params: GenerationParams, iteration: Iteration
+    ) -> Answer:
         """Write on at the end of an answer."""
         writer = self.store.continue_answer(message_id)
-        return self._answer(Answer(writer, self.store.message(message_id)), params)
+        return self._answer(Answer(writer, self.store.message(message_id)), params, iteration)
 
-    def _answer(self, answer: Answer, params: GenerationParams) -> Answer:
+    def _answer(self, answer: Answer, params: GenerationParams, iteration: Iteration) -> Answer:
         self.answers[answer.message_id] = answer
+        entry = find(self.spec.name)
+        begins = entry is not None and not entry.knows_pages
 
         def work() -> None:
             try:
-                answer.run(self.engine, self.store, params, self.ready)
+                answer.run(
+                    self.engine, self.store, params, self.ready, iteration, begins_pages=begins
+                )
+                self.pages.keep(answer.message_id, params)
+            except W2CError as error:
+                # The answer itself is in the store; only its page could not be kept.
+                self.call_later(self.show_error, error)
             except Exception as error:
                 log.exception("answering failed")
                 answer.error = EngineError(
@@ -370,8 +426,57 @@ class W2CApp(App[int]):
                 screen.call_later(tell, answer)
 
     def cancel_answers(self) -> None:
+        if self.better is not None:
+            self.better.cancel()
         for answer in list(self.answers.values()):
             answer.cancel()
+
+    def begin_better(self, run: BetterRun) -> None:
+        """Make several tries at one page. `BetterRun.began` and `ended` are ours."""
+        self.better = run
+
+        def work() -> None:
+            try:
+                self.ready()
+                assert self.engine.model is not None
+                run.run(self.engine, self.store, self.pages, self.engine.model)
+            except W2CError as error:
+                run.error, run.outcome = error, "failed"
+            except Exception as error:
+                log.exception("making better pages failed")
+                run.outcome = "failed"
+                run.error = EngineError(f"{type(error).__name__}: {error}")
+            finally:
+                if not self._ending:
+                    self.post_message(BetterOver())
+
+        self.run_worker(work, thread=True, group="answers", exit_on_error=False)
+
+    def try_began(self, answer: Answer) -> None:
+        """From the thread of a `BetterRun`."""
+        self.answers[answer.message_id] = answer
+        if not self._ending:
+            self.post_message(TryBegan(answer))
+
+    def try_ended(self, answer: Answer) -> None:
+        """From the same thread."""
+        if not self._ending:
+            self.post_message(AnswerOver(answer))
+
+    def on_try_began(self, event: TryBegan) -> None:
+        for screen in self.screen_stack:
+            if (tell := getattr(screen, "try_began", None)) is not None:
+                screen.call_later(tell, event.answer)
+
+    def on_better_over(self) -> None:
+        run, self.better = self.better, None
+        if run is None:
+            return
+        if run.error is not None:
+            self.show_error(run.error)
+        for screen in self.screen_stack:
+            if (tell := getattr(screen, "better_over", None)) is not None:
+                screen.call_later(tell, run)
 
     # ── text on pictures ──────────────────────────────────────────────────────────────────────
 
@@ -382,7 +487,16 @@ class W2CApp(App[int]):
             return False
         if ocr == "on":
             return True
-        return None if self.info is None else not self.info.reads_images
+        if self.info is None:
+            return None
+        if self.info.hints_for("auto", False) == "none":
+            return False
+        if not self.info.reads_images or recognises_text():
+            return True
+        if self._without_text != self.info.name:
+            self._without_text = self.info.name
+            self.notify(printable(f"{self.info.name} {WITHOUT_TEXT}"), timeout=15, markup=False)
+        return False
 
     def read_text(self, image: Attachment) -> None:
         """In the background; `TextRead` brings the picture back with its text."""
@@ -390,7 +504,11 @@ class W2CApp(App[int]):
         def work() -> None:
             found, problem = image, None
             try:
-                found = msgspec.structs.replace(image, page_text=self.engine.read_text(image))
+                colors = self.settings.ocr_colors
+                if self.info is not None:
+                    colors = self.info.hints_for("on", colors) == "colors"
+                lines = self.engine.read_text(image, colors=colors)
+                found = msgspec.structs.replace(image, page_text=lines)
             except W2CError as error:
                 problem = error
             except Exception as error:
@@ -410,37 +528,57 @@ class W2CApp(App[int]):
 
     def action_keys(self) -> None:
         """List the keys as they are now, with what the configuration changed."""
-        from w2c_tui.tui.chat_screen import ChatScreen
         from w2c_tui.tui.dialogs import Keys
-        from w2c_tui.tui.message_view import MessageView
-        from w2c_tui.tui.picture_pane import PicturePane
-        from w2c_tui.tui.prompt_box import PromptBox
-        from w2c_tui.tui.sidebar import SessionList
 
-        places: dict[str, type[Any]] = {
-            "Everywhere": W2CApp,
-            "Conversation": ChatScreen,
-            "Prompt": PromptBox,
-            "On a message (F6 goes there)": MessageView,
-            "In the list of sessions": SessionList,
-            "In the picture pane": PicturePane,
-        }
         changed = self.settings.interface.keys
         groups: dict[str, list[tuple[str, str]]] = {}
-        for title, place in places.items():
+        for title, bindings in _bindings_by_place().items():
             groups[title] = keys = []
-            for binding in Binding.make_bindings(place.BINDINGS):
+            for binding in bindings:
                 if binding.description:
                     binding = binding.with_key(changed.get(binding.id or "", binding.key))
                     keys.append((self.get_key_display(binding), binding.description))
         groups["Everywhere"].append(("^p", "Every command, by name"))
         self.push_screen(Keys(groups))
 
+    def _check_keys(self) -> None:
+        """A setting that changes nothing is said, and what could have been meant."""
+        known = {b.id for place in _bindings_by_place().values() for b in place if b.id}
+        unknown = sorted(set(self.settings.interface.keys) - known)
+        if unknown:
+            self.notify(
+                f"There is no command called {', '.join(unknown)} (interface.keys). "
+                f"There are: {', '.join(sorted(known))}.",
+                severity="warning",
+                timeout=30,
+                markup=False,
+            )
+
     def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
         offered: Callable[[], Iterable[SystemCommand]] | None = getattr(screen, "commands", None)
         if offered is not None:
             yield from offered()
         yield from super().get_system_commands(screen)
+
+
+def _bindings_by_place() -> dict[str, list[Binding]]:
+    from w2c_tui.tui.chat_screen import ChatScreen
+    from w2c_tui.tui.compare_screen import VersionList
+    from w2c_tui.tui.message_view import MessageView
+    from w2c_tui.tui.picture_pane import PicturePane
+    from w2c_tui.tui.prompt_box import PromptBox
+    from w2c_tui.tui.sidebar import SessionList
+
+    places: dict[str, type[Any]] = {
+        "Everywhere": W2CApp,
+        "Conversation": ChatScreen,
+        "Prompt": PromptBox,
+        "On a message (F6 goes there)": MessageView,
+        "In the list of sessions": SessionList,
+        "In the picture pane": PicturePane,
+        "On a version (F4 goes there)": VersionList,
+    }
+    return {title: list(Binding.make_bindings(place.BINDINGS)) for title, place in places.items()}
 
 
 def _use_one_arena() -> None:

@@ -1,52 +1,47 @@
 """The main screen: the conversation, the prompt under it, and what stands beside them.
 
-Owns which session is shown, its draft, and what the keys do. Knows nothing about how answers are
-generated (`app`, `answer`) or how messages look (`transcript`).
+Owns the layout, what the keys do, and moving from session to session without losing a draft. What
+the parts do is theirs: `branch_view`, `composer`, `panes`, `open_session`.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import time
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import msgspec
-from textual import on, work
+from textual import on
 from textual.app import ComposeResult, SystemCommand
 from textual.binding import Binding, BindingType
-from textual.containers import Horizontal, Vertical
+from textual.containers import Vertical
 from textual.screen import Screen
-from textual.widget import Widget
 from textual.widgets import Footer, Static, TextArea
 
 from w2c_tui.core.config import GenerationParams
 from w2c_tui.core.conversation import Attachment, Message
-from w2c_tui.core.errors import ImageError, W2CError
-from w2c_tui.core.files import write_atomically
+from w2c_tui.core.errors import W2CError
 from w2c_tui.core.printable import printable
 from w2c_tui.core.prompt import PAGE_PROMPT
-from w2c_tui.core.store import Session, StoredAttachment, StoredMessage
+from w2c_tui.core.store import Session, StoredMessage
 from w2c_tui.tui.answer import Answer
 from w2c_tui.tui.app import W2CApp, guarded
-from w2c_tui.tui.prompt_box import PromptBox, token, tokens_in, without_outer_tokens
+from w2c_tui.tui.branch_view import BranchView
+from w2c_tui.tui.composer import Composer
+from w2c_tui.tui.open_session import OpenSession
+from w2c_tui.tui.page_work import PageWork
+from w2c_tui.tui.panes import Panes
+from w2c_tui.tui.prompt_box import PromptBox
 from w2c_tui.tui.status_line import Notice, StatusLine
 from w2c_tui.tui.transcript import Transcript
 from w2c_tui.tui.welcome import Welcome
 
 if TYPE_CHECKING:
-    from w2c_tui.tui.message_view import Action, MessageView, PictureWanted
-    from w2c_tui.tui.picture_pane import PicturePane
+    from w2c_tui.core.iteration import Iteration
+    from w2c_tui.tui.better_run import BetterRun
+    from w2c_tui.tui.message_view import Action
+    from w2c_tui.tui.picture_pane import AnyPicture, PicturePane
     from w2c_tui.tui.settings_panel import SettingsPanel
     from w2c_tui.tui.sidebar import Sidebar
-
-FRAME_S = 1 / 10
-"""How often an answer that is being written is drawn."""
-FRAME_WHILE_TYPING_S = 1 / 3
-"""The same shortly after a key: what is typed comes first."""
 
 
 class ChatScreen(Screen[None]):
@@ -55,16 +50,22 @@ class ChatScreen(Screen[None]):
     AUTO_FOCUS = "PromptBox"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "stop", "Stop", id="stop"),
+        Binding("escape", "back", show=False, id="back"),
         Binding("ctrl+n", "new_session", "New", id="new-session"),
         Binding("ctrl+b", "sessions", "Sessions", id="sessions"),
         Binding("ctrl+o", "model", "Model", id="model"),
         Binding("ctrl+t", "attach", "Attach", id="attach"),
         Binding("f2", "settings", "Settings", id="settings"),
-        Binding("f3", "pictures", "Picture", id="picture"),
+        Binding("f3", "pictures", "View", id="picture"),
         Binding("ctrl+r", "regenerate", "Regenerate", id="regenerate", show=False),
         Binding("ctrl+g", "editor", "Editor", id="editor", show=False),
         Binding("alt+z", "undo", "Undo delete", id="undo", show=False),
         Binding("f5", "example", "Example", id="example", show=False),
+        Binding("f4", "compare", "Compare", id="compare"),
+        Binding("f7", "preview", "Browser", id="preview", show=False, priority=True),
+        Binding("f8", "fix", "Fix what differs", id="fix", show=False),
+        Binding("f9", "better", "Better page", id="better", show=False),
+        Binding("alt+i", "iteration", "Whole conversation / latest page", show=False, id="given"),
         Binding("f6", "switch", "Messages / prompt", id="switch", show=False, priority=True),
         Binding("pageup", "page(-1)", "Page up", show=False, id="page-up"),
         Binding("pagedown", "page(1)", "Page down", show=False, id="page-down"),
@@ -72,68 +73,62 @@ class ChatScreen(Screen[None]):
 
     app: W2CApp
 
-    def __init__(self, images: Sequence[str], session: str | None, new: bool) -> None:
+    def __init__(
+        self, place: OpenSession, images: Sequence[str], session: str | None, new: bool
+    ) -> None:
         super().__init__()
+        self.place = place
         self._images_at_start = list(images)
         self._session_at_start = session
         self._new_at_start = new or bool(images)
-        self.session: Session | None = None
-        """None until there is something to keep."""
-        self.draft: list[Attachment] = []
-        self._numbers: dict[int, Attachment] = {}
-        self._reading: set[str] = set()
-        self._waiting_to_send = False
-        self._editing: StoredMessage | None = None
         self._undo: list[tuple[str, int | str]] = []
-        self._system = ""
-        self._params = GenerationParams()
-        self._ocr = "auto"
-        self._picture = ""
-        self._kept: tuple[object, ...] = ()
-        self._typed_at = self._drawn_at = 0.0
         self._folder = Path.cwd()
+        self._tries: tuple[int, int] | None = None
+        """How many of which kind, when the draft is to become several pages."""
 
     def compose(self) -> ComposeResult:
         yield Static(id="title", markup=False)
-        with Horizontal(id="main"), Vertical(id="center"):
-            yield Welcome()
-            yield Transcript(id="transcript")
+        with Panes(id="main"), Vertical(id="center"):
+            yield BranchView(self.place)
             yield Notice()
-            yield Static(id="hint", markup=False)
-            yield PromptBox(id="prompt", placeholder="Paste or drop a screenshot, or type")
+            yield PageWork(self.place)
+            yield Composer(self.place)
         yield StatusLine()
         yield Footer(compact=True, show_command_palette=True)
 
     def on_mount(self) -> None:
-        self.prompt.border_title = "Prompt"
-        self._clock = self.set_interval(FRAME_S, self._follow, pause=True)
         self._saver = self.set_timer(1.0, self.keep, pause=True)
-        self._defaults()
         self.call_later(self._open_at_start)
 
     @property
+    def branch(self) -> BranchView:
+        return self.query_one(BranchView)
+
+    @property
+    def composer(self) -> Composer:
+        return self.query_one(Composer)
+
+    @property
+    def panes(self) -> Panes:
+        return self.query_one(Panes)
+
+    @property
     def prompt(self) -> PromptBox:
-        return self.query_one(PromptBox)
+        return self.composer.prompt
 
     @property
     def transcript(self) -> Transcript:
-        return self.query_one(Transcript)
+        return self.branch.transcript
+
+    @property
+    def session(self) -> Session | None:
+        return self.place.session
 
     @property
     def params(self) -> GenerationParams:
-        return self._params
-
-    def _answer_in(self, session: Session | None) -> Answer | None:
-        """The answer that is being written in this session, if any."""
-        if session is None:
-            return None
-        return next((a for a in self.app.answers.values() if a.session_id == session.id), None)
+        return self.place.params
 
     # ── sessions ──────────────────────────────────────────────────────────────────────────────
-
-    def _defaults(self) -> None:
-        settings = self.app.settings
-        self._params, self._ocr, self._system = settings.generation, settings.ocr, settings.system
 
     @guarded
     async def _open_at_start(self) -> None:
@@ -144,481 +139,156 @@ class ChatScreen(Screen[None]):
         elif not self._new_at_start and (last := store.sessions()[:1]):
             await self.open_session(last[0].id)
         else:
-            await self._show_branch()
+            await self.branch.show()
         for image in self._images_at_start:
-            self.attach(image)
+            self.composer.attach(image)
 
     async def open_session(self, session_id: str, *, message_id: int | None = None) -> None:
         """Show a session where it was left, or at one of its messages."""
         store = self.app.store
-        session = store.session(session_id)
+        store.session(session_id)
         if message_id is not None:
             store.select_branch(message_id)
-            session = store.session(session_id)
         self.keep()
-        self._leave_draft()
-        self.session = session
-        self._defaults()
-        saved = session.params
-        own = msgspec.to_builtins(msgspec.structs.asdict(self._params)) | saved.get(
-            "generation", {}
-        )
-        with contextlib.suppress(msgspec.ValidationError):
-            self._params = msgspec.convert(own, GenerationParams)
-        self._ocr = saved.get("ocr", self._ocr)
-        self._system = session.system_prompt
-        self.draft = store.draft_attachments(session_id)
-        self._numbers = dict(enumerate(self.draft, 1))
-        self._fill(session.draft)
-        place = message_id if message_id is not None else saved.get("place")
-        await self._show_branch(at=place)
-        self._read_texts()
+        session = self.place.open(session_id)
+        self.composer.show(session.draft, store.draft_attachments(session_id))
+        await self.branch.show(at=message_id if message_id is not None else self.place.place)
         self.prompt.focus()
 
     async def action_new_session(self) -> None:
         self.keep()
-        self._leave_draft()
-        self.session = None
-        self._defaults()
-        self._fill("")
-        await self._show_branch()
+        await self._leave_session()
         self.prompt.focus()
 
-    def _leave_draft(self) -> None:
-        self.draft, self._numbers = [], {}
-        self._editing, self._waiting_to_send = None, False
-
-    def _fill(self, text: str) -> None:
-        self.prompt.text = text
-        self.prompt.move_cursor(self.prompt.document.end)
-        self._hint()
+    async def _leave_session(self) -> None:
+        self.place.leave()
+        self.composer.show()
+        await self.branch.show()
 
     def keep(self) -> None:
         """Save the draft and the place, so that nothing is lost however this ends."""
-        text = self.prompt.text
-        if self._editing is not None:
+        composer = self.composer
+        if composer.editing is not None or (self.session is None and composer.empty):
             return
-        if self.session is None:
-            if not text.strip() and not self.draft:
-                return
-            self._begin_session("")
-        assert self.session is not None
-        store = self.app.store
         try:
-            draft = (self.session.id, text, [(i.sha256, i.page_text) for i in self.draft])
-            if draft != self._kept:
-                store.set_draft(self.session.id, text, self.draft)
-                self._kept = draft
-            place = self.transcript.in_sight()
-            params = self._saved_params() | ({"place": place} if place else {})
-            if params != self.session.params:
-                store.update_session(self.session.id, params=params)
-            self.session = store.session(self.session.id)
+            self.place.begin(self.app.spec.name)
+            self.place.keep(composer.prompt.text, composer.pictures, self.transcript.in_sight())
         except W2CError as error:
             self.app.show_error(error)
-
-    def _saved_params(self) -> dict[str, Any]:
-        """What was chosen for this session; all else follows the settings."""
-        general = msgspec.structs.asdict(self.app.settings.generation)
-        own = msgspec.structs.asdict(self._params).items()
-        changed = {name: value for name, value in own if value != general[name]}
-        found: dict[str, Any] = {"generation": msgspec.to_builtins(changed)} if changed else {}
-        if self._ocr != self.app.settings.ocr:
-            found["ocr"] = self._ocr
-        return found
-
-    def _begin_session(self, title: str) -> None:
-        self.session = self.app.store.create_session(
-            title,
-            system_prompt=self._system,
-            model=self.app.spec.name,
-            params=self._saved_params(),
-        )
-
-    async def _show_branch(self, *, at: int | None = None, keep: bool = False) -> None:
-        """Bring the transcript in line with the store."""
-        messages: list[StoredMessage] = []
-        if self.session is not None:
-            self.session = self.app.store.session(self.session.id)
-            messages = self.app.store.branch(self.session.id)
-        self.query_one(Welcome).display = not messages
-        self.transcript.display = bool(messages)
-        await self.transcript.show(messages, self.app.answers.get, at=at, keep=keep)
-        await self._catch_up()
-        self._name_it()
-        self._tell_status()
-
-    async def _catch_up(self) -> None:
-        """Follow what is being written; answers may have ended while their views were made."""
-        for view in self.transcript.views:
-            if view.message.status == "streaming" and view.message.id not in self.app.answers:
-                await self._finish(view.message.id)
-        if self.app.answers:
-            self._clock.resume()
-        else:
-            self._clock.pause()
-        if self._message_focused:
-            self.refresh_bindings()
-
-    def _name_it(self) -> None:
-        title = self.session.title if self.session else ""
-        self.query_one("#title", Static).update(f"w2c-tui  {printable(title) or 'New session'}")
-
-    # ── pictures ──────────────────────────────────────────────────────────────────────────────
-
-    def attach(self, reference: str) -> None:
-        """Attach the picture at a path or address, in the background."""
-        self._hint(f"Opening {printable(reference)} …")
-        self._open_picture(reference)
-
-    @work(thread=True, group="attach", exit_on_error=False)
-    def _open_picture(self, reference: str) -> None:
-        from w2c_tui.core.reference import load_attachment
-
-        try:
-            image = load_attachment(reference, self.app.settings.images)
-        except W2CError as error:
-            self.call_later(self._not_attached, error)
-        else:
-            self.call_later(self.add_picture, image)
-
-    @work(thread=True, group="attach", exit_on_error=False)
-    def _open_clipboard(self) -> None:
-        from w2c_tui.core.reference import attachment_from_clipboard
-
-        try:
-            image = attachment_from_clipboard(self.app.settings.images)
-        except ImageError as error:
-            self.call_later(self._paste_text, error)
-        else:
-            self.call_later(self.add_picture, image)
-
-    def _not_attached(self, error: W2CError) -> None:
-        self._hint()
-        self.app.show_error(error)
-
-    def _paste_text(self, error: W2CError) -> None:
-        """The clipboard holds no picture: paste its text, or say why nothing happens."""
-        self._hint()
-        text = self.app.clipboard
-        if not text and not _is_remote():
-            import pyperclip
-
-            with contextlib.suppress(pyperclip.PyperclipException):
-                text = pyperclip.paste()
-        if text:
-            self.prompt.put(text)
-        else:
-            self.app.show_error(error)
-
-    def add_picture(self, image: Attachment) -> None:
-        """Put an opened picture into the prompt."""
-        number = max([0, *self._numbers, *tokens_in(self.prompt.text)]) + 1
-        self._numbers[number] = image
-        self.prompt.put_token(number)
-        self._take_draft()
-        self._hint()
-        self._read_texts()
-        self.prompt.focus()
-
-    def _take_draft(self) -> None:
-        """The pictures whose token is in the text are attached, in the text's order."""
-        numbers = [n for n in tokens_in(self.prompt.text) if n in self._numbers]
-        self.draft = [self._numbers[number] for number in numbers]
-
-    def _read_texts(self) -> None:
-        for image in self.draft:
-            if self.app.wants_text(image, self._ocr) and image.sha256 not in self._reading:
-                self._reading.add(image.sha256)
-                self.app.read_text(image)
-        self._hint()
-
-    async def text_read(self, image: Attachment, error: W2CError | None) -> None:
-        self._reading.discard(image.sha256)
-        if error is not None:
-            self._waiting_to_send = False
-            self.app.show_error(error)
-        for number, known in self._numbers.items():
-            if known.sha256 == image.sha256 and image.page_text is not None:
-                self._numbers[number] = msgspec.structs.replace(known, page_text=image.page_text)
-        self._take_draft()
-        self._hint()
-        await self._send_if_ready()
-
-    def on_picture_wanted(self, event: PictureWanted) -> None:
-        self._decode_thumbnail(event.thumbnail)
-
-    @work(thread=True, group="thumbnails", exit_on_error=False)
-    def _decode_thumbnail(self, thumbnail: Any) -> None:
-        from w2c_tui.tui.picture import thumbnail_of
-
-        with contextlib.suppress(W2CError):
-            image = thumbnail_of(thumbnail.picture, self.app.store)
-            self.call_later(thumbnail.show, image)
-
-    # ── the prompt ────────────────────────────────────────────────────────────────────────────
-
-    @on(PromptBox.PictureNamed)
-    def _pictures_named(self, event: PromptBox.PictureNamed) -> None:
-        for reference in event.references:
-            self.attach(reference)
-
-    @on(PromptBox.PicturePasted)
-    def _picture_pasted(self) -> None:
-        self._hint("Reading the clipboard …")
-        self._open_clipboard()
 
     @on(TextArea.Changed, "#prompt")
     def _typed(self) -> None:
-        self._typed_at = time.monotonic()
-        self._take_draft()
+        self.branch.typed()
         self._saver.reset()
         self._saver.resume()
 
+    @on(Composer.Changed)
+    def _bindings_changed(self) -> None:
+        self.refresh_bindings()
+
+    @on(BranchView.Shown)
+    def _tell(self) -> None:
+        self.page_work.look()
+        self.refresh_bindings()
+        title = self.session.title if self.session else ""
+        self.query_one("#title", Static).update(f"w2c-tui  {printable(title) or 'New session'}")
+        messages, latest = self.transcript.messages, self.place.iteration == "latest"
+        self.query_one(StatusLine).tell(messages, self.params, latest_only=latest)
+
+    # ── sending ───────────────────────────────────────────────────────────────────────────────
+
     @on(PromptBox.Sent)
-    async def _sent(self) -> None:
-        if self._answer_in(self.session) is not None:
-            self.notify("Esc stops the answer first.", timeout=3)
-            return
-        text = self.prompt.text.strip()
-        if not text and not self.draft:
-            return
-        from w2c_tui.tui.prompt_box import pasted_references
+    def _sent(self) -> None:
+        if not self.branch.busy():
+            self.composer.submit()
 
-        if references := pasted_references(text):
-            # A path that was typed by hand is a picture, too.
-            self.prompt.text = ""
-            for reference in references:
-                self.attach(reference)
-            return
-        self._waiting_to_send = True
-        await self._send_if_ready()
-
+    @on(Composer.Ready)
     @guarded
-    async def _send_if_ready(self) -> None:
-        """Send what waits, once the model is known and the pictures' text was read."""
-        if not self._waiting_to_send:
+    async def _ready(self) -> None:
+        if (message := self.composer.take()) is None:
             return
-        wanted = [self.app.wants_text(image, self._ocr) for image in self.draft]
-        if None in wanted and self.app.model_state in ("none", "failed"):
-            self.app.load_model()
-        if any(value is None or value for value in wanted):
-            self._read_texts()
-            return
-        self._waiting_to_send = False
-        await self._send()
+        tries, self._tries = self._tries, None
+        if tries is not None:
+            question = self._ask(message)
+            await self.branch.show()
+            self.page_work.begin(question.id, *tries)
+        else:
+            await self._send(message)
 
-    async def _send(self) -> None:
-        store = self.app.store
-        text = without_outer_tokens(self.prompt.text).strip() or PAGE_PROMPT
-        message = Message("user", text, tuple(self.draft))
-        if self.session is None:
-            self._begin_session("")
-        assert self.session is not None
-        if not self.session.title:
-            store.update_session(self.session.id, title=_title(message))
-        before = self._editing
-        if (
-            before is None
-            and self.transcript.messages
-            and self.transcript.messages[-1].role == "user"
-        ):
+    async def _send(self, message: Message, *, own: bool = True) -> None:
+        """Ask and have it answered; the draft stays when the message is not from there."""
+        shown = bool(self.transcript.messages)
+        edits = self.composer.editing is not None and own
+        stored = self._ask(message, own=own)
+        place = self.place
+        answer = self.app.begin_answer(
+            stored.session_id, place.params, place.iteration, parent=stored.id
+        )
+        if edits or len(stored.siblings) > 1 or not shown:
+            await self.branch.show()
+        else:
+            await self.branch.append([stored, self.app.store.message(answer.message_id)])
+
+    def _ask(self, message: Message, *, own: bool = True) -> StoredMessage:
+        """The message as it is stored, and the draft gone."""
+        store, composer = self.app.store, self.composer
+        session = self.place.begin(self.app.spec.name)
+        if not session.title:
+            store.update_session(session.id, title=_title(message))
+        shown = self.transcript.messages
+        before = composer.editing if own else None
+        if before is None and shown and shown[-1].role == "user":
             # Its answer was deleted; two questions in a row have no meaning for a model.
-            before = self.transcript.messages[-1]
+            before = shown[-1]
         if before is not None:
             stored = store.edit(before.id, message)
         else:
-            stored = store.add_message(self.session.id, message)
-        self._leave_draft()
-        store.set_draft(self.session.id, "", [])
-        if text != PAGE_PROMPT:
-            self.prompt.prompts = [text, *(t for t in self.prompt.prompts if t != text)]
-        self._fill("")
-        self.prompt.border_title = "Prompt"
-        answer = self.app.begin_answer(self.session.id, self._params, parent=stored.id)
-        if before is not None or not self.transcript.messages:
-            await self._show_branch()
-        else:
-            await self.transcript.append([stored, store.message(answer.message_id)])
-            await self._catch_up()
+            stored = store.add_message(session.id, message)
+        if own:
+            store.set_draft(session.id, "", [])
+            if message.text != PAGE_PROMPT:
+                earlier = (text for text in self.prompt.prompts if text != message.text)
+                self.prompt.prompts = [message.text, *earlier]
+            composer.show()
+        return stored
 
-    def _hint(self, text: str = "") -> None:
-        """One line above the prompt about what is going on with it."""
-        if not text and self._reading:
-            names = ", ".join(i.name for i in self.draft if i.sha256 in self._reading)
-            text = f"Reading the text on {printable(names) or 'a picture'} …"
-        if self._waiting_to_send:
-            text = f"{text or 'Waiting for the model.'} Will be sent then; Esc takes it back."
-        if not text and self.draft:
-            from w2c_tui.tui.picture_pane import warning
-
-            texts = filter(None, (warning(image, self.app.info) for image in self.draft))
-            text = next((f"{t} F3, then t has it read." for t in texts), "")
-        hint = self.query_one("#hint", Static)
-        hint.update(text)
-        hint.display = bool(text)
-
-    # ── answers ───────────────────────────────────────────────────────────────────────────────
-
-    async def _follow(self) -> None:
-        """Draw what has come of the answers."""
-        now = time.monotonic()
-        if now - self._typed_at < 0.15 and now - self._drawn_at < FRAME_WHILE_TYPING_S:
-            return
-        self._drawn_at = now
-        for answer in list(self.app.answers.values()):
-            changed = answer.fetch()
-            view = self.transcript.view(answer.message_id)
-            if view is not None and view.answer is answer:
-                if changed:
-                    await view.follow()
-                else:
-                    view.tell()
-
-    async def answer_over(self, answer: Answer) -> None:
-        await self._finish(answer.message_id)
-        if not self.app.answers:
-            self._clock.pause()
-        self._tell_status()
-        if self._message_focused:
-            self.refresh_bindings()
-
-    async def _finish(self, message_id: int) -> None:
-        message = self.app.store.message(message_id)
-        self.transcript.replace(message)
-        view = self.transcript.view(message_id)
-        if view is not None:
-            await view.finish(message)
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        if not self.is_mounted:
+            return True
+        if action == "stop":
+            busy = self.branch.answer is not None or self.app.better is not None
+            return self.composer.waiting or busy
+        if action == "compare":
+            return self.page_work.has_pages
+        if action == "pictures":
+            return bool(self._pictures() or self.query("PicturePane"))
+        return True
 
     @guarded
-    async def action_stop(self) -> None:
-        if self._waiting_to_send:
-            self._waiting_to_send = False
-            self._hint()
-        elif (answer := self._answer_in(self.session)) is not None:
+    def action_stop(self) -> None:
+        if self.composer.waiting:
+            self._tries = None
+            self.composer.withdraw()
+        elif self.app.better is not None:
+            self.app.better.cancel()
+        elif (answer := self.branch.answer) is not None:
             answer.cancel()
-        elif self._editing is not None:
-            self._leave_draft()
-            self.prompt.border_title = "Prompt"
-            self._fill("")
+
+    def action_back(self) -> None:
+        """Leave what was begun; else to the prompt."""
+        if self.composer.editing is not None:
+            self.composer.show()
         else:
             self.prompt.focus()
 
     @guarded
     async def action_regenerate(self) -> None:
-        last = self.transcript.messages[-1] if self.transcript.messages else None
-        if last is not None:
-            await self._regenerate(last)
+        await self.branch.regenerate()
 
-    async def _regenerate(self, message: StoredMessage) -> None:
-        if self._answer_in(self.session) is not None:
-            self.notify("Esc stops the answer first.", timeout=3)
-            return
-        parent = message.id if message.role == "user" else message.parent_id
-        answer = self.app.begin_answer(message.session_id, self._params, parent=parent)
-        await self._show_branch(keep=True)
-        self._focus_message(answer.message_id)
-
-    def _focus_message(self, message_id: int) -> None:
-        view = self.transcript.view(message_id)
-        if view is not None and self._message_focused:
-            view.focus(scroll_visible=False)
-
-    @property
-    def _message_focused(self) -> bool:
-        return self.focused is not None and self.focused.parent is self.transcript
-
-    # ── messages ──────────────────────────────────────────────────────────────────────────────
-
-    @guarded
-    async def on_message_view_version_wanted(self, event: MessageView.VersionWanted) -> None:
-        self.app.store.select_branch(event.message_id)
-        await self._show_branch(at=event.message_id)
-        view = self.transcript.view(event.message_id)
-        if view is not None:
-            view.focus(scroll_visible=False)
-
-    @on(Transcript.Left)
-    def _left(self) -> None:
-        self.prompt.focus()
-
-    @guarded
-    async def on_message_view_asked(self, event: MessageView.Asked) -> None:
-        message = event.message
-        if event.action == "picture":
-            if event.picture is not None:
-                self.show_picture(event.picture)
-            return
-        assert message is not None
-        answer = self.app.answers.get(message.id)
-        text = answer.text if answer is not None else message.text
-        match event.action:
-            case "copy":
-                self.app.copy(text, "the message")
-            case "copy_page":
-                from w2c_tui.core.artifact import best_page
-
-                page = best_page(text)
-                if page is None:
-                    self.notify("There is no page in this answer.", timeout=3)
-                else:
-                    self.app.copy(page.html, "the page")
-            case "edit":
-                await self._edit(message)
-            case "editor":
-                await self._edit_outside(message)
-            case "delete":
-                await self._delete(message)
-            case "regenerate":
-                await self._regenerate(message)
-            case "continue":
-                self.app.continue_answer(message.id, self._params)
-                await self._show_branch()
-            case "fork":
-                await self._fork(message)
-
-    async def _edit(self, message: StoredMessage) -> None:
-        if message.role == "assistant":
-            from w2c_tui.tui.dialogs import EditText
-
-            def done(text: str | None) -> None:
-                if text is not None and text != message.text:
-                    self.run_worker(self._edited(message, text))
-
-            self.app.push_screen(EditText("Edit the answer", message.text), done)
-            return
+    @on(BranchView.EditWanted)
+    def _edit(self, event: BranchView.EditWanted) -> None:
         self.keep()
-        self._leave_draft()
-        self._editing = message
-        images = self._pictures_of(message)
-        self._numbers = dict(enumerate(images, 1))
-        self._fill(" ".join([*map(token, self._numbers), message.text]))
-        self.prompt.border_title = "Edit: Enter sends it as another version, Esc leaves it"
-        self._take_draft()
-        self.prompt.focus()
-
-    async def _edited(self, message: StoredMessage, text: str) -> None:
-        changed = self.app.store.edit(message.id, Message(message.role, text))
-        await self._show_branch(at=changed.id)
-
-    def _pictures_of(self, message: StoredMessage) -> list[Attachment]:
-        return [
-            Attachment(self.app.store.image(item.sha256), **msgspec.structs.asdict(item))
-            for item in message.attachments
-        ]
-
-    async def _edit_outside(self, message: StoredMessage) -> None:
-        from w2c_tui.core.artifact import best_page
-        from w2c_tui.tui.editor import edit
-
-        page = best_page(message.text)
-        text = edit(self.app, message.text, ".html" if page else ".md")
-        if text is not None and text != message.text:
-            if message.role == "assistant":
-                await self._edited(message, text)
-            else:
-                await self._edit(message)
-                self._fill(" ".join([*map(token, self._numbers), text]))
+        self.composer.edit(event.message, event.text, event.pictures)
 
     @guarded
     async def action_editor(self) -> None:
@@ -626,19 +296,128 @@ class ChatScreen(Screen[None]):
 
         text = edit(self.app, self.prompt.text, ".md")
         if text is not None:
-            self._fill(text.rstrip("\n"))
+            self.composer.fill(text.rstrip("\n"))
 
-    async def _delete(self, message: StoredMessage) -> None:
-        answer = self._answer_in(self.session)
-        if answer is not None:
-            self.notify("Esc stops the answer first.", timeout=3)
+    # ── what happened elsewhere ───────────────────────────────────────────────────────────────
+
+    async def answer_over(self, answer: Answer) -> None:
+        """The application says that an answer ended."""
+        await self.branch.answer_over(answer)
+        self.page_work.tell()
+        panel: Any
+        for panel in self.query("SettingsPanel"):
+            panel.tell(self._costs())
+
+    def text_read(self, image: Attachment, error: W2CError | None) -> None:
+        """The application says that text recognition ended."""
+        self.composer.text_read(image, error)
+
+    def model_changed(self) -> None:
+        """The application says that the model is another one, or further."""
+        self.query_one(Notice).tell()
+        self.query_one(Welcome).tell()
+        self._tell()
+        self.composer.model_changed()
+
+    # ── pages ─────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def page_work(self) -> PageWork:
+        return self.query_one(PageWork)
+
+    def action_compare(self) -> None:
+        self.page_work.compare()
+
+    def action_preview(self) -> None:
+        self.page_work.preview()
+
+    def action_fix(self) -> None:
+        if not self.branch.busy():
+            self.page_work.fix()
+
+    def action_better(self) -> None:
+        """Several candidates and corrections, of which the nearest to the screenshot stays."""
+        from w2c_tui.tui.dialogs import AskTries
+
+        if self.branch.busy() or self.app.better is not None:
             return
-        self.app.store.delete_message(message.id)
-        self._undo.append(("message", message.id))
-        await self._show_branch(keep=True)
-        self.notify("Deleted, with all below it. Alt+Z brings it back.", timeout=8)
-        views = self.transcript.views
-        (views[-1] if views else self.prompt).focus()
+        if self.composer.empty and not self.transcript.messages:
+            self.notify("Attach a screenshot first: F5 takes the example.", timeout=4)
+            return
+
+        def done(tries: tuple[int, int] | None) -> None:
+            if tries is None:
+                return
+            if not self.composer.empty:
+                self._tries = tries
+                self.composer.submit()
+                return
+            asked = [m.id for m in self.transcript.messages if m.role == "user"]
+            self.page_work.begin(asked[-1], *tries)
+
+        self.app.push_screen(AskTries(), done)
+
+    @on(PageWork.Changed)
+    @guarded
+    async def _pages_changed(self) -> None:
+        await self.branch.show(keep=True)
+
+    @on(PageWork.Request)
+    @guarded
+    async def _requested(self, event: PageWork.Request) -> None:
+        """What differs is known: ask for it to be corrected, below the page it is about."""
+        if self.place.id != event.session_id or self.branch.busy():
+            return
+        if event.answer_id is not None:
+            self.app.store.go_back_to(event.answer_id)
+            await self.branch.show(keep=True)
+        await self._send(event.message, own=False)
+
+    async def try_began(self, answer: Answer) -> None:
+        """The application says that one of several tries begins."""
+        if answer.session_id == self.place.id:
+            await self.branch.show(keep=True)
+        self.page_work.tell()
+
+    async def better_over(self, run: BetterRun) -> None:
+        """The application says that there will be no more tries."""
+        if self.app.store.message(run.question_id).session_id == self.place.id:
+            await self.branch.show(keep=True)
+        self.page_work.over(run)
+
+    def _costs(self) -> str:
+        from w2c_tui.core.context_cost import Meter
+
+        session = self.session
+        messages = self.app.store.branch(session.id) if session else []
+        return str(Meter(messages))
+
+    @guarded
+    def action_iteration(self) -> None:
+        """Switch between the whole conversation and the latest page alone."""
+        place = self.place
+        other: Iteration = "latest" if place.iteration == "history" else "history"
+        place.choose(place.params, place.system, place.ocr, other)
+        names = {"history": "the whole conversation", "latest": "the latest page only"}
+        self.notify(f"The model is given {names[other]}. {self._costs()}", timeout=8)
+        self._tell()
+
+    # ── undo ──────────────────────────────────────────────────────────────────────────────────
+
+    @on(BranchView.Deleted)
+    def _message_deleted(self, event: BranchView.Deleted) -> None:
+        self._undo.append(("message", event.message_id))
+
+    async def _delete_session(self, session_id: str) -> None:
+        if any(a.session_id == session_id for a in self.app.answers.values()):
+            self.notify("An answer is being written there: Esc stops it first.", timeout=4)
+            return
+        self.app.store.delete_session(session_id)
+        self._undo.append(("session", session_id))
+        if self.place.id == session_id:
+            await self._leave_session()
+        self._refresh_sidebar()
+        self.notify("The session is deleted. Alt+Z brings it back.", timeout=8)
 
     @guarded
     async def action_undo(self) -> None:
@@ -654,54 +433,21 @@ class ChatScreen(Screen[None]):
             message_id = int(ident)
             self.app.store.restore_message(message_id)
             session_id = self.app.store.message(message_id).session_id
-            if self.session is None or self.session.id != session_id:
+            if self.place.id != session_id:
                 await self.open_session(session_id)
             else:
-                await self._show_branch(at=message_id)
+                await self.branch.show(at=message_id)
 
-    async def _fork(self, message: StoredMessage) -> None:
-        """A new session with everything up to `message`."""
-        store = self.app.store
-        old = store.session(message.session_id)
-        conversation = store.conversation(message.session_id, message.id)
-        models = [m.model for m in store.branch(message.session_id, message.id)]
-        new = store.create_session(
-            f"{old.title} (fork)",
-            system_prompt=old.system_prompt,
-            model=old.model,
-            params={k: v for k, v in old.params.items() if k != "place"},
-        )
-        turns = [m for m in conversation if m.role != "system"]
-        for copied, model in zip(turns, models, strict=True):
-            store.add_message(new.id, copied, model=model)
-        await self.open_session(new.id)
-        self._refresh_sidebar()
-        self.notify("A new session that goes on from here.", timeout=4)
+    # ── the list of sessions ──────────────────────────────────────────────────────────────────
 
-    # ── beside the conversation ───────────────────────────────────────────────────────────────
-
-    async def _toggle(self, name: str, make: Callable[[], Widget]) -> Widget | None:
-        """Show the panel of this name, or take it away; on a narrow screen it is alone."""
-        if self.query(name):
-            await self._take_away(name)
-            return None
-        if self.has_class("-narrow"):
-            await self._take_away("Sidebar, SettingsPanel, PicturePane")
-        panel = make()
-        before = 0 if name == "Sidebar" else None
-        await self.query_one("#main").mount(panel, before=before)
-        self.set_class(bool(self.query("SettingsPanel, PicturePane")), "-panel")
-        return panel
-
-    async def _take_away(self, names: str) -> None:
-        await self.query(names).remove()
-        self.set_class(bool(self.query("SettingsPanel, PicturePane")), "-panel")
+    @on(Panes.Left)
+    def _panel_left(self) -> None:
         self.prompt.focus()
 
     async def action_sessions(self) -> None:
         from w2c_tui.tui.sidebar import Sidebar
 
-        sidebar = await self._toggle("Sidebar", Sidebar)
+        sidebar = await self.panes.toggle("Sidebar", Sidebar)
         if sidebar is not None:
             self.keep()
             self._refresh_sidebar()
@@ -710,22 +456,13 @@ class ChatScreen(Screen[None]):
     def _refresh_sidebar(self) -> None:
         sidebar: Any
         for sidebar in self.query("Sidebar"):
-            sidebar.tell(self.session.id if self.session else "")
-
-    async def on_sidebar_closed(self) -> None:
-        await self._take_away("Sidebar")
-
-    async def on_settings_panel_closed(self) -> None:
-        await self._take_away("SettingsPanel")
-
-    async def on_picture_pane_closed(self) -> None:
-        await self._take_away("PicturePane")
+            sidebar.tell(self.place.id)
 
     @guarded
     async def on_sidebar_opened(self, event: Sidebar.Opened) -> None:
         await self.open_session(event.session_id, message_id=event.message_id)
         if self.has_class("-narrow"):
-            await self._take_away("Sidebar")
+            await self.panes.take_away("Sidebar")
         self._refresh_sidebar()
 
     @guarded
@@ -738,81 +475,53 @@ class ChatScreen(Screen[None]):
             case "delete":
                 await self._delete_session(event.session_id)
 
+    @on(BranchView.Forked)
+    @guarded
+    async def _forked(self, event: BranchView.Forked) -> None:
+        await self.open_session(event.session_id)
+        self._refresh_sidebar()
+        self.notify("A new session that goes on from here.", timeout=4)
+
     def _rename(self, session_id: str) -> None:
-        from w2c_tui.tui.dialogs import AskLine
+        from w2c_tui.tui.session_dialogs import rename
 
-        old = self.app.store.session(session_id).title
+        def renamed() -> None:
+            self.place.refresh()
+            self._tell()
+            self._refresh_sidebar()
 
-        @guarded
-        def done(screen: ChatScreen, title: str | None) -> None:
-            if title is not None and title.strip():
-                screen.app.store.update_session(session_id, title=title.strip())
-                if screen.session is not None and screen.session.id == session_id:
-                    screen.session = screen.app.store.session(session_id)
-                    screen._name_it()
-                screen._refresh_sidebar()
-
-        self.app.push_screen(AskLine("Rename the session", old), partial(done, self))
+        rename(self.app, session_id, renamed)
 
     def _export(self, session_id: str) -> None:
-        from w2c_tui.tui.dialogs import AskLine
-        from w2c_tui.tui.export import FORMATS, export, file_name
+        from w2c_tui.tui.session_dialogs import export_to_file
 
-        session = self.app.store.session(session_id)
+        export_to_file(self.app, session_id)
 
-        def refuse(value: str) -> str:
-            path = Path(value).expanduser()
-            if path.suffix.lower() not in FORMATS:
-                return f"End the name with {', '.join(FORMATS)}."
-            return f"{path} exists already: choose another name." if path.exists() else ""
-
-        @guarded
-        def done(screen: ChatScreen, value: str | None) -> None:
-            if value is not None:
-                path = Path(value).expanduser().absolute()
-                write_atomically(path, export(screen.app.store, session_id, path.suffix))
-                screen.notify(f"Exported to {printable(str(path))}", timeout=10, markup=False)
-
-        question = "Export to which file? .md and .html to read, .json with every branch"
-        default = str(Path.cwd() / f"{file_name(session)}.md")
-        self.app.push_screen(AskLine(question, default, refuse), partial(done, self))
-
-    async def _delete_session(self, session_id: str) -> None:
-        if any(a.session_id == session_id for a in self.app.answers.values()):
-            self.notify("An answer is being written there: Esc stops it first.", timeout=4)
-            return
-        self.app.store.delete_session(session_id)
-        self._undo.append(("session", session_id))
-        if self.session is not None and self.session.id == session_id:
-            self.session = None
-            self._leave_draft()
-            self._defaults()
-            self._fill("")
-            await self._show_branch()
-        self._refresh_sidebar()
-        self.notify("The session is deleted. Alt+Z brings it back.", timeout=8)
+    # ── settings and model ────────────────────────────────────────────────────────────────────
 
     async def action_settings(self) -> None:
         from w2c_tui.tui.settings_panel import SettingsPanel
 
-        panel = await self._toggle("SettingsPanel", SettingsPanel)
-        if isinstance(panel, SettingsPanel):
-            panel.show(self._params, self._system, self._ocr)
+        panel = await self.panes.toggle("SettingsPanel", SettingsPanel)
+        if panel is not None:
+            place = self.place
+            panel.show(place.params, place.system, place.ocr, place.iteration, self._costs())
             panel.query_one("#system").focus()
 
+    @guarded
     def on_settings_panel_changed(self, event: SettingsPanel.Changed) -> None:
-        self._params, self._system, self._ocr = event.params, event.system, event.ocr
-        if self.session is not None:
-            self.app.store.update_session(
-                self.session.id, system_prompt=self._system, params=self._saved_params()
-            )
-            self.session = self.app.store.session(self.session.id)
-        self._read_texts()
+        self.place.choose(event.params, event.system, event.ocr, event.iteration)
+        self.composer.read_texts()
 
     def action_model(self) -> None:
         from w2c_tui.tui.model_screen import ModelScreen
 
         self.app.push_screen(ModelScreen())
+
+    def action_retry(self) -> None:
+        self.app.load_model()
+
+    # ── pictures ──────────────────────────────────────────────────────────────────────────────
 
     def action_attach(self) -> None:
         from w2c_tui.tui.dialogs import PickPicture
@@ -820,100 +529,72 @@ class ChatScreen(Screen[None]):
         def done(reference: str | None) -> None:
             if reference is not None:
                 self._folder = Path(reference).expanduser().parent
-                self.attach(reference)
+                self.composer.attach(reference)
 
         self.app.push_screen(PickPicture(self._folder), done)
 
-    # ── the picture in full ───────────────────────────────────────────────────────────────────
+    def action_example(self) -> None:
+        from w2c_tui.tui.welcome import EXAMPLE
 
-    def _all_pictures(self) -> list[StoredAttachment | Attachment]:
+        self.composer.attach(str(EXAMPLE))
+
+    def _pictures(self) -> list[AnyPicture]:
         """Those of the branch and of the draft, each once."""
-        found: dict[str, StoredAttachment | Attachment] = {}
+        found: dict[str, AnyPicture] = {}
         for message in self.transcript.messages:
             found |= {image.sha256: image for image in message.attachments}
-        return list((found | {image.sha256: image for image in self.draft}).values())
+        return list((found | {image.sha256: image for image in self.composer.pictures}).values())
 
     async def action_pictures(self) -> None:
-        pictures = self._all_pictures()
         if self.query("PicturePane"):
-            await self._take_away("PicturePane")
-        elif pictures:
-            self.show_picture(pictures[-1])
+            await self.panes.take_away("PicturePane")
         else:
-            self.notify("There is no picture yet. Ctrl+T attaches one.", timeout=4)
+            await self.show_picture(self._pictures()[-1])
 
-    def on_picture_pane_other(self, event: PicturePane.Other) -> None:
-        pictures = self._all_pictures()
-        hashes = [picture.sha256 for picture in pictures]
-        if self._picture in hashes:
-            at = (hashes.index(self._picture) + event.step) % len(hashes)
-            self.show_picture(pictures[at])
+    @on(BranchView.PictureAsked)
+    async def _picture_asked(self, event: BranchView.PictureAsked) -> None:
+        await self.show_picture(event.picture)
 
-    @work(exclusive=True, group="picture")
-    async def show_picture(self, picture: StoredAttachment | Attachment) -> None:
+    async def show_picture(self, picture: AnyPicture) -> None:
         """Open the pane with this picture."""
-        from w2c_tui.tui.picture import opened
         from w2c_tui.tui.picture_pane import PicturePane
 
-        if not self.query("PicturePane"):
-            await self._toggle("PicturePane", PicturePane)
-        self._picture = picture.sha256
-        hashes = [known.sha256 for known in self._all_pictures()]
-        counter = ""
-        if len(hashes) > 1 and picture.sha256 in hashes:
-            counter = f"  {hashes.index(picture.sha256) + 1} of {len(hashes)} (left, right)"
-        try:
-            attachment, image = await asyncio.to_thread(opened, picture, self.app.store)
-        except W2CError as error:
-            self.app.show_error(error)
-            return
         for pane in self.query(PicturePane):
-            await pane.show(attachment, image, counter)
-            pane.focus()
+            pane.show(picture)
+            return
+        pane = await self.panes.open("PicturePane", lambda: PicturePane(self._pictures))
+        pane.show(picture)
 
     def on_picture_pane_text_wanted(self, event: PicturePane.TextWanted) -> None:
-        if any(image.sha256 == event.image.sha256 for image in self.draft):
-            self._ocr = "on"
-            self._read_texts()
+        self.place.ocr = "on"
+        if any(image.sha256 == event.image.sha256 for image in self.composer.pictures):
+            self.composer.read_texts()
             self.notify("Its text is read and will be given to the model.", timeout=5)
         else:
             self.notify(
                 "This message was sent. Press e on it to edit it: its text is read then.",
                 timeout=8,
             )
-            self._ocr = "on"
 
-    def model_changed(self) -> None:
-        self.query_one(Notice).tell()
-        self.query_one(Welcome).tell()
-        self._tell_status()
-        if self.app.info is not None:
-            self._read_texts()
-            self.call_later(self._send_if_ready)
-        elif self.app.model_state == "failed" and self._waiting_to_send:
-            self._waiting_to_send = False
-            self._hint()
-
-    def action_example(self) -> None:
-        from w2c_tui.tui.welcome import EXAMPLE
-
-        self.attach(str(EXAMPLE))
-
-    def action_retry(self) -> None:
-        self.app.load_model()
-
-    def _tell_status(self) -> None:
-        self.query_one(StatusLine).tell(self.transcript.messages, self._params)
+    # ── moving ────────────────────────────────────────────────────────────────────────────────
 
     def action_switch(self) -> None:
-        if self._message_focused:
+        if self.branch.message_focused:
             self.prompt.focus()
         elif self.transcript.views:
             self.transcript.views[-1].focus()
 
+    @on(Transcript.Left)
+    def _transcript_left(self) -> None:
+        self.prompt.focus()
+
     def action_page(self, step: int) -> None:
+        # Without animation, which would go on to a place that moved when earlier messages came in.
         transcript = self.transcript
-        transcript.scroll_page_down() if step > 0 else transcript.scroll_page_up()
+        scroll = transcript.scroll_page_down if step > 0 else transcript.scroll_page_up
+        scroll(animate=False)
+
+    # ── the command palette ───────────────────────────────────────────────────────────────────
 
     def commands(self) -> Iterable[SystemCommand]:
         """What the command palette offers on this screen."""
@@ -922,7 +603,7 @@ class ChatScreen(Screen[None]):
         last = next((m for m in reversed(self.transcript.messages) if m.role == "assistant"), None)
 
         def on_last(action: Action) -> Callable[[], object]:
-            return lambda: self.post_message(MessageView.Asked(action, last))
+            return lambda: self.branch.post_message(MessageView.Asked(action, last))
 
         yield SystemCommand("New session", "Begin another conversation", self.action_new_session)
         yield SystemCommand("Sessions", "List and search sessions", self.action_sessions)
@@ -934,11 +615,28 @@ class ChatScreen(Screen[None]):
         yield SystemCommand(
             "Settings", "System prompt, OCR and generation parameters", self.action_settings
         )
-        yield SystemCommand("Show the picture", "In full, beside the text", self.action_pictures)
+        if self._pictures():
+            yield SystemCommand("Show the picture", "In full, beside it", self.action_pictures)
         yield SystemCommand("Edit the prompt outside", "In $EDITOR", self.action_editor)
+        yield SystemCommand(
+            "Open in the browser", "A live preview of this session", self.action_preview
+        )
+        yield SystemCommand(
+            "Better page", "Several tries; the nearest one stays", self.action_better
+        )
+        yield SystemCommand(
+            "Iteration", "Give the model everything, or the latest page", self.action_iteration
+        )
+        if self.page_work.has_pages:
+            yield SystemCommand(
+                "Compare", "Versions beside the screenshot, with scores", self.action_compare
+            )
+            yield SystemCommand(
+                "Fix what differs", "Ask for a page nearer to the screenshot", self.action_fix
+            )
         yield SystemCommand("Undo delete", "Bring back what was deleted last", self.action_undo)
         yield SystemCommand("Example", "Attach the example screenshot", self.action_example)
-        if self._answer_in(self.session) is not None:
+        if self.branch.answer is not None:
             yield SystemCommand("Stop", "Stop the answer and keep what came", self.action_stop)
         if last is not None:
             yield SystemCommand("Regenerate", "Another answer", self.action_regenerate)
@@ -964,9 +662,3 @@ def _title(message: Message) -> str:
         return message.attachments[0].name
     line = " ".join(message.text.split())
     return line if len(line) <= 60 else line[:57] + "…"
-
-
-def _is_remote() -> bool:
-    import os
-
-    return "SSH_CONNECTION" in os.environ

@@ -75,6 +75,58 @@ class EditText(ModalScreen[str | None]):
         self.dismiss(self.query_one(TextArea).text)
 
 
+class ShowText(ModalScreen[None]):
+    """A longer text to read, and to scroll in."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q", "dismiss(None)", "Close")]
+
+    def __init__(self, title: str, text: str) -> None:
+        super().__init__()
+        self._title = title
+        self._text = text
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="dialog -large"):
+            yield Static(f"{self._title} (Esc closes)", markup=False, classes="dialog-title")
+            yield TextArea(self._text, read_only=True, show_line_numbers=False, show_cursor=False)
+
+
+class AskTries(ModalScreen[tuple[int, int] | None]):
+    """How many candidates and how many corrections are worth it."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Cancel")]
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="dialog"):
+            yield Static("A better page for more time", markup=False, classes="dialog-title")
+            yield Static(
+                "Every page is rendered and compared with the screenshot; the nearest one stays "
+                "in sight, the others are kept as versions.",
+                markup=False,
+                classes="dialog-note",
+            )
+            yield Static("Candidates, each at a seed of its own", markup=False)
+            yield Input("3", type="integer", id="best-of", compact=True)
+            yield Static("Corrections of what differs in the best one", markup=False)
+            yield Input("1", type="integer", id="refine", compact=True)
+            yield Static(
+                "Enter begins, Esc cancels.", markup=False, classes="dialog-note", id="tries-note"
+            )
+
+    @on(Input.Submitted)
+    def _submitted(self) -> None:
+        try:
+            best_of = int(self.query_one("#best-of", Input).value)
+            refine = int(self.query_one("#refine", Input).value)
+        except ValueError:
+            best_of = refine = -1
+        if 1 <= best_of <= 100 and 0 <= refine <= 100:
+            self.dismiss((best_of, refine))
+        else:
+            note = "1 to 100 candidates, 0 to 100 corrections."
+            self.query_one("#tries-note", Static).update(note)
+
+
 class Keys(ModalScreen[None]):
     """Which keys there are, by place; `groups` has pairs of key and meaning for each."""
 

@@ -22,17 +22,25 @@ def edit(app: App[Any], text: str, suffix: str) -> str | None:
     command = os.environ.get("VISUAL") or os.environ.get("EDITOR")
     if not command:
         command = "notepad" if os.name == "nt" else "vi"
+    failed: Exception | None = None
+    status = 1
     with tempfile.TemporaryDirectory(prefix="w2c-") as folder:
         path = Path(folder, f"text{suffix}")
         path.write_bytes(text.encode())
         try:
             with app.suspend():
-                status = subprocess.call([*shlex.split(command, posix=os.name != "nt"), str(path)])
+                # Textual takes the terminal back only when nothing is raised here.
+                try:
+                    words = shlex.split(command, posix=os.name != "nt")
+                    status = subprocess.call([*words, str(path)])
+                except (OSError, ValueError) as error:
+                    failed = error
         except SuspendNotSupported as error:
             raise ConfigError("This terminal cannot be handed to an editor.") from error
-        except (OSError, ValueError) as error:
+        if failed is not None:
+            why = getattr(failed, "strerror", None) or failed
             raise ConfigError(
-                f"The editor {command!r} cannot be started: {error}.",
+                f"The editor {command!r} cannot be started: {why}.",
                 hint="Set the environment variable EDITOR to a program.",
-            ) from error
+            ) from failed
         return path.read_bytes().decode(errors="replace") if status == 0 else None

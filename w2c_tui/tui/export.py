@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from w2c_tui.core.errors import W2CError
+from w2c_tui.core.image import media_type
 from w2c_tui.core.store import Session, Store, StoredMessage
 from w2c_tui.tui.blocks import split
 
@@ -99,7 +100,7 @@ def _html(session: Session, messages: list[StoredMessage], store: Store) -> str:
         parts.append(f'<article class="{message.role}"><h2>{html.escape(_who(message))}</h2>')
         for image in message.attachments:
             data = store.image(image.sha256)
-            kind = _media_type(data)
+            kind = media_type(data)
             encoded = base64.b64encode(data).decode()
             name = html.escape(image.name)
             parts.append(f'<p><img alt="{name}" src="data:{kind};base64,{encoded}"></p>')
@@ -113,10 +114,3 @@ def _html(session: Session, messages: list[StoredMessage], store: Store) -> str:
         parts.append("</article>")
     parts.append("</body></html>\n")
     return "\n".join(parts)
-
-
-def _media_type(data: bytes) -> str:
-    for start, kind in ((b"\x89PNG", "png"), (b"\xff\xd8", "jpeg"), (b"GIF8", "gif")):
-        if data.startswith(start):
-            return f"image/{kind}"
-    return "image/webp" if data[8:12] == b"WEBP" else "application/octet-stream"

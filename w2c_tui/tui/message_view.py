@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from textual import on
@@ -17,7 +18,9 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.content import Content
+from textual.document._syntax_aware_document import SyntaxAwareDocument
 from textual.dom import DOMNode
+from textual.geometry import Size
 from textual.message import Message
 from textual.widgets import Markdown, Static, TextArea
 
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from w2c_tui.tui.answer import Answer
 
 _FOLDED_CHARS = 4000
+_HIGHLIGHTED_ROWS = 40
 _LANGUAGES = {"html", "css", "javascript", "json", "python", "xml", "markdown", "bash", "sql"}
 _ALIASES = {"js": "javascript", "py": "python", "sh": "bash", "md": "markdown", "svg": "xml"}
 
@@ -76,7 +80,12 @@ class Prose(Markdown):
 
 
 class CodeArea(TextArea):
-    """A read-only text area of which there may come and go thousands."""
+    """A read-only text area of which there may come and go thousands. While it is `growing`, only
+    its end is highlighted."""
+
+    growing = False
+    following = True
+    """Whether the end stays in sight while it grows: until the user scrolls back."""
 
     def watch(
         self,
@@ -94,6 +103,38 @@ class CodeArea(TextArea):
         # The subscription that Textual makes would keep the whole widget.
         self.screen.text_selection_started_signal.unsubscribe(self)
         self._forget_tree()
+
+    def _build_highlight_map(self) -> None:
+        document = self.document
+        if not self.growing or not isinstance(document, SyntaxAwareDocument):
+            super()._build_highlight_map()
+            return
+        # To query the whole tree for every piece would take longer than to draw the piece.
+        first = max(0, document.line_count - max(_HIGHLIGHTED_ROWS, self.size.height))
+        whole = document.query_syntax_tree
+        vars(document)["query_syntax_tree"] = partial(whole, start_point=(first, 0))
+        try:
+            super()._build_highlight_map()
+        finally:
+            del vars(document)["query_syntax_tree"]
+
+    def _refresh_size(self) -> None:
+        height = self.wrapped_document.height
+        if self.growing and self.size.height < self.virtual_size.height <= height:
+            # It scrolls already, so that its own height stays: no layout of the screen.
+            self.set_reactive(TextArea.virtual_size, Size(0, height))
+            self._refresh_scrollbars()
+            self.refresh()
+        else:
+            super()._refresh_size()
+        if self.growing and self.following:
+            self.scroll_end(animate=False, immediate=True)
+
+    def on_mouse_scroll_up(self) -> None:
+        self.following = False
+
+    def on_mouse_scroll_down(self) -> None:
+        self.following = self.scroll_offset.y >= self.max_scroll_y - 3
 
     def _set_document(self, text: str, language: str | None) -> None:
         self._forget_tree()
@@ -113,7 +154,6 @@ class Code(Vertical):
         super().__init__()
         self._kind = block.kind
         self._shown = text
-        self._growing = growing
         self._language = _ALIASES.get(block.language, block.language)
         self._title = Static(markup=False, classes="code-title")
         self._named = ""
@@ -130,6 +170,7 @@ class Code(Vertical):
         # Not given to the constructor, which would parse the text twice.
         self.area.language = self._language if self._language in _LANGUAGES else None
         self.area.can_focus = False
+        self.area.growing = growing
 
     def compose(self) -> ComposeResult:
         yield self._title
@@ -137,8 +178,6 @@ class Code(Vertical):
 
     def on_mount(self) -> None:
         self._name_it()
-        if self._growing:
-            self.area.scroll_end(animate=False)
         self.take_theme()
 
     def take_theme(self) -> None:
@@ -162,14 +201,15 @@ class Code(Vertical):
             area.insert(text[len(shown) :], area.document.end)
         else:
             area.load_text(text)
-        if self._growing:
-            area.scroll_end(animate=False)
         self._name_it()
 
     async def settle(self) -> None:
-        if self._growing:
-            self._growing = False
-            self.area.scroll_home(animate=False)
+        if self.area.growing:
+            self.area.growing = False
+            self.area.load_text(self.area.text)
+            # At once and in any case: a scroll that waits for the next layout can be overtaken by
+            # one to the end, and is dropped where the scrollbar is not there yet.
+            self.area.scroll_to(0, 0, animate=False, force=True, immediate=True)
         self._name_it()
 
     def _name_it(self) -> None:
@@ -178,7 +218,7 @@ class Code(Vertical):
         more = "" if self._kind != "page" else "   p copies it, x shows all of it"
         lines = "1 line" if num_lines == 1 else f"{num_lines:,} lines"
         # Counting along would draw one more widget with every piece.
-        title = name if self._growing else f"{name}, {lines}, {_size(len(self._shown))}{more}"
+        title = name if self.area.growing else f"{name}, {lines}, {_size(len(self._shown))}{more}"
         if title != self._named:
             self._named = title
             self._title.update(title, layout=False)
@@ -191,6 +231,8 @@ class Thumbnail(Horizontal):
         super().__init__(classes="thumbnail")
         self.picture = picture
         self._cells = HalfCells()
+        rows = 6
+        self._cells.styles.width = max(4, min(20, round(2 * rows * picture.width / picture.height)))
         text = f"[Image #{number}] {printable(picture.name)}\n{picture.width} x {picture.height} px"
         if picture.page_text is not None:
             text += f"\n{len(picture.page_text)} lines of text read"
@@ -402,7 +444,7 @@ class MessageView(Vertical, can_focus=True):
         if message.role != "assistant":
             return ""
         if message.status == "error":
-            return f"Failed: {printable(message.error)}\nr tries again."
+            return f"Failed: {printable(message.error)}\nF6 r tries again."
         if message.status == "streaming":
             return "Being written in another window."
         stats = message.stats
@@ -415,11 +457,12 @@ class MessageView(Vertical, can_focus=True):
         if stats.get("num_left_out"):
             measured += f"\nThe first {stats['num_left_out']} messages did not fit any more."
         if message.status == "partial":
+            ways = "F6 n continues it, F6 r starts anew"
             reasons = {
-                "length": "Cut at the length limit: n continues it.",
-                "cancelled": "Stopped: n continues it, r starts anew.",
+                "length": "Cut at the length limit: F6 n continues it.",
+                "cancelled": f"Stopped: {ways}.",
             }
-            why = reasons.get(message.finish_reason, "Interrupted: n continues it, r starts anew.")
+            why = reasons.get(message.finish_reason, f"Interrupted: {ways}.")
             return f"{why}  {measured}"
         return measured
 

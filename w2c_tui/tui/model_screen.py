@@ -6,7 +6,7 @@ Owns the list of what there is to pick and the words about it. Loading itself is
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, get_args, get_type_hints
 
 import msgspec
 from textual import on, work
@@ -18,7 +18,14 @@ from textual.screen import ModalScreen
 from textual.widgets import Button, Input, OptionList, Select, Static
 from textual.widgets.option_list import Option
 
-from w2c_tui.core.catalog import ENTRIES, CatalogEntry, PackagedFile, find, memory_needed
+from w2c_tui.core.catalog import (
+    ENTRIES,
+    BundledModel,
+    CatalogEntry,
+    PackagedFile,
+    find,
+    memory_needed,
+)
 from w2c_tui.core.config import LoadSpec
 from w2c_tui.core.errors import W2CError
 from w2c_tui.core.printable import printable
@@ -28,11 +35,14 @@ if TYPE_CHECKING:
     from w2c_tui.machine import Machine
     from w2c_tui.tui.app import W2CApp
 
-_QUANTIZATION = [
-    ("as it is (16 or 32 bit)", "none"),
-    ("8 bit (bitsandbytes)", "8bit"),
-    ("4 bit (bitsandbytes)", "4bit"),
-]
+_QUANTIZATION = {"none": "not quantised", "8bit": "8 bit weights", "4bit": "4 bit weights"}
+_BACKENDS = {"hf": "transformers", "gguf": "llama.cpp", "openai": "a server"}
+
+
+def _choices(field: str) -> list[str]:
+    """What a setting of `LoadSpec` can be; those are stated there and nowhere else."""
+    annotation = get_type_hints(LoadSpec)[field]
+    return [str(value) for value in get_args(annotation)]
 
 
 class ModelScreen(ModalScreen[None]):
@@ -67,16 +77,12 @@ class ModelScreen(ModalScreen[None]):
                 with VerticalScroll(id="model-about", can_focus=False):
                     yield Static(markup=False, id="about")
             with Horizontal(id="model-how"):
-                yield Select(
-                    _QUANTIZATION,
-                    value=spec.quantization,
-                    allow_blank=False,
-                    id="quantization",
-                    compact=True,
-                )
-                yield Input(
-                    spec.device_map, placeholder="auto, cpu, cuda:0 …", id="device", compact=True
-                )
+                quantizations = [(_QUANTIZATION[q], q) for q in _choices("quantization")]
+                yield _choice(quantizations, spec.quantization, "quantization")
+                yield _choice([(f"dtype {d}", d) for d in _choices("dtype")], spec.dtype, "dtype")
+                backends = [(f"by {_BACKENDS.get(b, b)}", b) for b in _choices("backend")]
+                yield _choice(backends, spec.backend, "backend")
+                yield Input(spec.device_map, placeholder="device", id="device", compact=True)
             yield Static(markup=False, id="model-state")
             with Horizontal(classes="dialog-buttons"):
                 yield Button("Load (Ctrl+L)", id="load", variant="primary", compact=True)
@@ -136,7 +142,11 @@ class ModelScreen(ModalScreen[None]):
 
     def _about(self, entry: CatalogEntry) -> list[str]:
         source = entry.source
-        where = source.package if isinstance(source, PackagedFile) else source
+        where = source
+        if isinstance(source, PackagedFile):
+            where = source.package
+        elif isinstance(source, BundledModel):
+            where = f"this program, over {source.language_model}"
         size = f"{entry.parameters / 1e9:.1f}B" if entry.parameters >= 1e9 else ""
         lines = [
             f"{entry.title}  {size or f'{entry.parameters / 1e6:.0f}M'} parameters",
@@ -193,6 +203,8 @@ class ModelScreen(ModalScreen[None]):
             self.app.spec,
             name=name,
             quantization=str(self.query_one("#quantization", Select).value),
+            dtype=str(self.query_one("#dtype", Select).value),
+            backend=str(self.query_one("#backend", Select).value),
             device_map=self.query_one("#device", Input).value.strip() or "auto",
         )
 
@@ -248,13 +260,20 @@ class ModelScreen(ModalScreen[None]):
             sees = "sees images" if info.reads_images else "reads text only"
             text = (
                 f"Loaded: {short_name(info.name)}, {info.num_parameters / 1e6:,.0f}M parameters, "
-                f"{bits} on {', '.join(info.devices)}, {sees}, in {info.load_time_s:.1f} s"
+                f"{bits} on {', '.join(info.devices)} by {info.runtime}, {sees}, "
+                f"in {info.load_time_s:.1f} s"
             )
+            if info.note:
+                text += f"\n{info.note}"
         elif app.model_state == "failed" and error is not None:
             text = str(error)
         else:
             text = "No model is loaded."
         self._say(text)
+
+
+def _choice(options: list[tuple[str, str]], value: str, ident: str) -> Select[str]:
+    return Select(options, value=value, allow_blank=False, id=ident, compact=True)
 
 
 def _local(models: Path) -> list[str]:
@@ -266,7 +285,11 @@ def _local(models: Path) -> list[str]:
                 isinstance(entry.source, PackagedFile) and Path(entry.source.name).stem in str(path)
                 for entry in ENTRIES
             )
-            if not known and (path.suffix == ".gguf" or path.name == "config.json"):
+            # What bundled models were put together to is used under their names.
+            known = known or path.is_relative_to(models / "bundled")
+            # An image encoder is found by itself beside its model.
+            is_model = path.suffix == ".gguf" and "mmproj" not in path.name.casefold()
+            if not known and (is_model or path.name == "config.json"):
                 found.append(str(path if path.suffix == ".gguf" else path.parent))
     except OSError:
         return []

@@ -68,7 +68,9 @@ class HalfCells(Widget):
     def render_line(self, y: int) -> Strip:
         size = (self.size.width, self.size.height)
         if self._drawn != size:
-            self._strips = half_cells(self._image, *size) if self._image else []
+            # A cell of one colour needs no character that ASCII lacks.
+            draw = full_cells if getattr(self.app, "plain", False) else half_cells
+            self._strips = draw(self._image, *size) if self._image else []
             self._drawn = size
         background = self.rich_style
         if y < len(self._strips):
@@ -102,6 +104,22 @@ def half_cells(image: Image.Image, width: int, height: int) -> list[Strip]:
             segments.append(Segment("▀", style))
         strips.append(Strip(segments, columns))
     return strips
+
+
+def full_cells(image: Image.Image, width: int, height: int) -> list[Strip]:
+    """`image` in at most `width` x `height` cells, each of which is one pixel."""
+    from PIL import Image
+
+    scale = min(width / image.width, 2 * height / image.height)
+    columns = max(1, min(width, round(image.width * scale)))
+    rows = max(1, min(height, round(image.height * scale / 2)))
+    small = image.convert("RGB").resize((columns, rows), Image.Resampling.BOX)
+    pixels = small.tobytes()
+    colors = [RichColor.from_rgb(*pixels[at : at + 3]) for at in range(0, len(pixels), 3)]
+    return [
+        Strip([Segment(" ", Style(bgcolor=color)) for color in colors[at : at + columns]], columns)
+        for at in range(0, len(colors), columns)
+    ]
 
 
 def picture_widget(image: Image.Image, protocol: Protocol) -> Widget:

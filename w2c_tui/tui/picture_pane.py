@@ -1,15 +1,17 @@
 """The pane with a picture in full, and the picture as the model will see it.
 
-Owns what is said about a picture, the warning about text that is too small included. Knows nothing
-about sessions; pictures come to it opened.
+Owns which of the pictures at hand is shown, and what is said about it, the warning about text that
+is too small included. Knows nothing about sessions.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from statistics import median
 from typing import TYPE_CHECKING, ClassVar
 
-from textual import on
+from textual import on, work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container, Horizontal, Vertical, VerticalScroll
@@ -21,12 +23,15 @@ from w2c_tui.core.conversation import Attachment
 from w2c_tui.core.errors import W2CError
 from w2c_tui.core.page_text import format_page_text
 from w2c_tui.core.printable import printable
-from w2c_tui.tui.picture import picture_widget
+from w2c_tui.core.store import StoredAttachment
+from w2c_tui.tui.picture import opened, picture_widget
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from w2c_tui.tui.app import W2CApp
+
+AnyPicture = StoredAttachment | Attachment
 
 BODY_TEXT_PX = 16
 """How high text usually is on a page, where nothing was measured."""
@@ -72,13 +77,6 @@ class PicturePane(Vertical):
     class Closed(Message):
         """The user is done with it."""
 
-    class Other(Message):
-        """The next or the previous picture of the session is wanted."""
-
-        def __init__(self, step: int) -> None:
-            super().__init__()
-            self.step = step
-
     class TextWanted(Message):
         """The text on the picture should be given to the model."""
 
@@ -86,8 +84,10 @@ class PicturePane(Vertical):
             super().__init__()
             self.image = image
 
-    def __init__(self) -> None:
+    def __init__(self, pictures: Callable[[], list[AnyPicture]]) -> None:
         super().__init__(id="picture")
+        self._pictures = pictures
+        self._shown = ""
         self._attachment: Attachment | None = None
         self._image: Image.Image | None = None
         self._as_model = False
@@ -102,10 +102,23 @@ class PicturePane(Vertical):
             yield Button("Read its text (t)", id="read", compact=True)
             yield Button("Close", id="close-picture", compact=True)
 
-    async def show(self, attachment: Attachment, image: Image.Image, counter: str) -> None:
-        """Show `attachment`, which was opened as `image`."""
-        self._attachment, self._image, self._counter = attachment, image, counter
+    @work(exclusive=True)
+    async def show(self, picture: AnyPicture) -> None:
+        """Open `picture` and show it."""
+        self._shown = picture.sha256
+        hashes = [known.sha256 for known in self._pictures()]
+        self._counter = ""
+        if len(hashes) > 1 and picture.sha256 in hashes:
+            at = hashes.index(picture.sha256)
+            self._counter = f"  {at + 1} of {len(hashes)} (left, right)"
+        try:
+            found = await asyncio.to_thread(opened, picture, self.app.store)
+        except W2CError as error:
+            self.app.show_error(error)
+            return
+        self._attachment, self._image = found
         await self.draw()
+        self.focus()
 
     async def draw(self) -> None:
         """Draw what is set, in the way that is set."""
@@ -171,4 +184,7 @@ class PicturePane(Vertical):
         self.post_message(self.Closed())
 
     def action_other(self, step: int) -> None:
-        self.post_message(self.Other(step))
+        pictures = self._pictures()
+        hashes = [picture.sha256 for picture in pictures]
+        if self._shown in hashes:
+            self.show(pictures[(hashes.index(self._shown) + step) % len(hashes)])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
 from textual import events
@@ -33,11 +33,16 @@ def tokens_in(text: str) -> list[int]:
     return list(dict.fromkeys(int(found[1]) for found in _token.finditer(text)))
 
 
-def without_outer_tokens(text: str) -> str:
-    """`text` as a message: tokens before and behind it only say what is attached and go; those
-    in the middle of a sentence carry meaning and stay."""
-    text = re.sub(rf"^(?:\s*{_token.pattern})+[ \t]*\n?", "", text)
-    return re.sub(rf"(?:\s*{_token.pattern})+\s*$", "", text)
+def without_outer_tokens(text: str, numbers: Collection[int]) -> str:
+    """`text` as a message: tokens before it only say what is attached and go, and so do those
+    behind it when there are no others. All else is part of a sentence; so is what only looks like
+    a token, because no picture has its number."""
+    if not numbers:
+        return text
+    tokens = "|".join(re.escape(token(number)) for number in numbers)
+    words = re.sub(rf"^(?:\s*(?:{tokens}))+[ \t]*\n?", "", text)
+    shorter = re.sub(rf"(?:\s*(?:{tokens}))+\s*$", "", words)
+    return shorter if words == text and not re.search(tokens, shorter) else words.rstrip()
 
 
 def pasted_references(text: str) -> list[str]:
@@ -61,10 +66,12 @@ class PromptBox(TextArea):
     """A text area that grows with its text, sends on Enter and treats pictures as one piece."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("enter", "send", "Send", id="send", priority=True),
+        Binding("enter", "send", "Send", id="send", priority=True, show=False),
         Binding("shift+enter,ctrl+j,alt+enter", "newline", "New line", id="newline", show=False),
         Binding("ctrl+v,super+v", "paste_picture", "Paste", id="paste", show=False),
         Binding("alt+v", "paste_picture", "Paste picture", id="paste-again", show=False),
+        Binding("pageup", "screen.page(-1)", show=False),
+        Binding("pagedown", "screen.page(1)", show=False),
         Binding("up", "up_or_earlier", show=False),
         Binding("down", "down_or_later", show=False),
         Binding("ctrl+up", "earlier", "Earlier prompt", id="history-earlier", show=False),

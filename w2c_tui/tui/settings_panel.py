@@ -20,7 +20,12 @@ from textual.message import Message
 from textual.widgets import Input, Label, Select, Static, TextArea
 
 from w2c_tui.core.config import GenerationParams
+from w2c_tui.core.iteration import Iteration
 
+_ITERATION = [
+    ("the whole conversation", "history"),
+    ("picture, latest page, request", "latest"),
+]
 _OCR = [
     ("auto: for models that cannot see", "auto"),
     ("on: read the text on pictures", "on"),
@@ -36,8 +41,11 @@ class SettingsPanel(VerticalScroll, can_focus=False):
     class Changed(Message):
         """What is to hold for this session from now on."""
 
-        def __init__(self, params: GenerationParams, system: str, ocr: str) -> None:
+        def __init__(
+            self, params: GenerationParams, system: str, ocr: str, iteration: Iteration
+        ) -> None:
             super().__init__()
+            self.iteration = iteration
             self.params = params
             self.system = system
             self.ocr = ocr
@@ -53,6 +61,9 @@ class SettingsPanel(VerticalScroll, can_focus=False):
         yield Label("System prompt")
         yield TextArea(id="system", compact=True)
         yield Static("Empty: the model's own.", classes="field-note", markup=False)
+        yield Label("The model is given")
+        yield Select(_ITERATION, allow_blank=False, id="iteration", compact=True)
+        yield Static(id="costs", classes="field-note", markup=False)
         yield Label("Text recognition (OCR)")
         yield Select(_OCR, allow_blank=False, id="ocr", compact=True)
         for field in msgspec.structs.fields(GenerationParams):
@@ -60,12 +71,17 @@ class SettingsPanel(VerticalScroll, can_focus=False):
             yield Input(id=f"field-{field.name}", compact=True, placeholder=_default(field))
             yield Static(_description(field.type), classes="field-note", markup=False)
 
-    def show(self, params: GenerationParams, system: str, ocr: str) -> None:
-        """Show these values, without taking that for a change by the user."""
+    def show(
+        self, params: GenerationParams, system: str, ocr: str, iteration: Iteration, costs: str
+    ) -> None:
+        """Show these values, without taking that for a change by the user. `costs` says what each
+        way to iterate takes of the context."""
+        self.tell(costs)
         with self.prevent(Input.Changed, TextArea.Changed, Select.Changed):
             self._values = msgspec.to_builtins(params)
             self.query_one("#system", TextArea).text = system
             self.query_one("#ocr", Select).value = ocr
+            self.query_one("#iteration", Select).value = iteration
             for field in msgspec.structs.fields(GenerationParams):
                 value = self._values.get(field.name)
                 if field.name == "stop":
@@ -73,6 +89,10 @@ class SettingsPanel(VerticalScroll, can_focus=False):
                 self.query_one(f"#field-{field.name}", Input).value = (
                     "" if value is None else str(value)
                 )
+
+    def tell(self, costs: str) -> None:
+        """An answer changed what each way to iterate takes."""
+        self.query_one("#costs", Static).update(costs)
 
     @on(Input.Changed)
     @on(TextArea.Changed)
@@ -100,7 +120,9 @@ class SettingsPanel(VerticalScroll, can_focus=False):
         if valid:
             params = msgspec.convert(values, GenerationParams, strict=False)
             ocr = str(self.query_one("#ocr", Select).value)
-            self.post_message(self.Changed(params, self.query_one("#system", TextArea).text, ocr))
+            system = self.query_one("#system", TextArea).text
+            latest = self.query_one("#iteration", Select).value == "latest"
+            self.post_message(self.Changed(params, system, ocr, "latest" if latest else "history"))
 
     def action_leave(self) -> None:
         self.post_message(self.Closed())

@@ -48,7 +48,11 @@ class SessionList(OptionList):
 class Sidebar(Vertical):
     """Sessions, last used first; while a search is typed, its hits."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "leave", "Close", show=False)]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "leave", "Close", show=False),
+        # From the search box, which has no use for it.
+        Binding("down", "list", show=False),
+    ]
 
     app: W2CApp
 
@@ -117,7 +121,8 @@ class Sidebar(Vertical):
         self.tell()
 
     @on(Input.Submitted, "#search")
-    def _entered(self) -> None:
+    def action_list(self) -> None:
+        """To the list below the search box."""
         self.query_one(SessionList).focus()
 
     @on(OptionList.OptionSelected)

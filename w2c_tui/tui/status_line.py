@@ -48,7 +48,13 @@ class StatusLine(Static):
             self._memory = memory
             self._draw()
 
-    def tell(self, messages: Sequence[StoredMessage], params: GenerationParams) -> None:
+    def tell(
+        self,
+        messages: Sequence[StoredMessage],
+        params: GenerationParams,
+        *,
+        latest_only: bool = False,
+    ) -> None:
         """`messages` are the branch in sight: its last answer has the numbers."""
         app = self.app
         info = app.info
@@ -64,6 +70,8 @@ class StatusLine(Static):
         if stats:
             used, length = stats["context_used"], stats["context_length"]
             parts.append(f"context {used:,}/{length:,} ({100 * used // max(length, 1)}%)")
+            if latest_only:
+                parts.append("latest page only")
             parts.append(f"{stats['tokens_per_s']:.0f} tokens/s")
             parts.append(f"first {stats['time_to_first_token_s']:.1f} s")
         elif info is not None:

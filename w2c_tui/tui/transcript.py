@@ -71,12 +71,13 @@ class Transcript(VerticalScroll, can_focus=False):
         self.messages = list(messages)
         ids = [message.id for message in self.messages]
         index = ids.index(at) if at in ids else None
-        end = len(ids) if index is None else min(len(ids), max(index + FIRST // 2, FIRST))
-        start = max(0, end - FIRST)
+        num = self._num_first
+        end = len(ids) if index is None else min(len(ids), max(index + num // 2, num))
+        start = max(0, end - num)
         if keep and index is None and old:
             kept = [ids.index(i) for i in old if i in ids]
             start = min([start, *kept])
-            start = max(start, end - MOST)
+            start = max(start, end - self._num_most)
         self._moving = True
         try:
             self._first, self._last = start, end
@@ -106,10 +107,13 @@ class Transcript(VerticalScroll, can_focus=False):
             if index is None:
                 self.anchor()
             else:
-                self.anchor(False)
+                self._anchor_only_at_the_end()
                 target = self.view(self.messages[index].id)
                 if target is not None:
-                    self.call_after_refresh(self.scroll_to_widget, target, animate=False, top=True)
+                    # Forced: the scrollbar, without which it is dropped, may not be there yet.
+                    self.call_after_refresh(
+                        self.scroll_to_widget, target, animate=False, top=True, force=True
+                    )
         finally:
             self.call_after_refresh(self._settled)
 
@@ -121,9 +125,9 @@ class Transcript(VerticalScroll, can_focus=False):
         async with self._building:
             self.messages += messages
             self._last = len(self.messages)
-            await self.mount(*(_view(message, self._answers(message.id)) for message in messages))
+            await self.mount(*self._views_of(self._last - len(messages), self._last))
+            await self._take_surplus()
             self.anchor()
-            await self._prune(earlier=True)
 
     def replace(self, message: StoredMessage) -> None:
         """`message` as it is now."""
@@ -134,77 +138,79 @@ class Transcript(VerticalScroll, can_focus=False):
 
     # ── the window ────────────────────────────────────────────────────────────────────────────
 
+    @property
+    def _num_first(self) -> int:
+        """How many views are more than fill the screen."""
+        return max(FIRST, self.app.size.height // 3)
+
+    @property
+    def _num_most(self) -> int:
+        return max(MOST, self._num_first + 2 * BATCH)
+
     def watch_scroll_y(self, old: float, new: float) -> None:
         super().watch_scroll_y(old, new)
+        if new != old:
+            self._look_ahead(1 if new > old else -1)
+
+    def _look_ahead(self, step: int) -> None:
+        """Near an end of the window in the direction `step`, move the window on."""
         if self._moving or not self.is_mounted:
             return
-        if new < old and new < self.size.height and self._first > 0:
+        if step < 0:
+            wanted = self._first > 0 and self.scroll_y < self.size.height
+        else:
+            more = self._last < len(self.messages)
+            wanted = more and self.scroll_y > self.max_scroll_y - self.size.height
+        if wanted:
             self._moving = True
-            self.run_worker(self._earlier(), group="window")
-        elif (
-            new > old
-            and new > self.max_scroll_y - self.size.height
-            and self._last < len(self.messages)
-        ):
-            self._moving = True
-            self.run_worker(self._later(), group="window")
+            self.run_worker(self._shift(step), group="window")
 
-    async def _earlier(self) -> None:
+    async def _shift(self, step: int) -> None:
+        """Views for more messages in that direction and fewer at the other end; what is in sight
+        stays where it is."""
         async with self._building:
-            await self._mount_earlier()
-
-    async def _mount_earlier(self) -> None:
-        start = max(0, self._first - BATCH)
-        height = self.virtual_size.height
-        views = [_view(m, self._answers(m.id)) for m in self.messages[start : self._first]]
-        async with self.batch():
-            await self.mount(*views, before=0)
-            self._first = start
+            views = self.views
+            fixed = next((v for v in views if v.virtual_region.bottom > self.scroll_y), views[-1])
+            place = fixed.virtual_region.y - self.scroll_y
+            async with self.batch():
+                if step < 0:
+                    start = max(0, self._first - BATCH)
+                    await self.mount(*self._views_of(start, self._first), before=0)
+                    self._first = start
+                    surplus = max(0, len(self.children) - self._num_most)
+                    await self.remove_children(self.views[len(self.children) - surplus :])
+                    self._last -= surplus
+                else:
+                    end = min(len(self.messages), self._last + BATCH)
+                    await self.mount(*self._views_of(self._last, end))
+                    self._last = end
+                    await self._take_surplus()
+                self._anchor_only_at_the_end()
 
         def stay() -> None:
-            self.scroll_to(
-                y=self.scroll_y + self.virtual_size.height - height, animate=False, force=True
-            )
+            y = fixed.virtual_region.y - place
+            self.scroll_to(y=y, animate=False, force=True, immediate=True)
             self._moving = False
-            self.run_worker(self._prune(earlier=False), group="prune")
+            # Who holds a key down may be at the end already.
+            self._look_ahead(step)
 
         self.call_after_refresh(stay)
 
-    async def _later(self) -> None:
-        async with self._building:
-            await self._mount_later()
+    def _views_of(self, start: int, end: int) -> list[MessageView]:
+        return [_view(message, self._answers(message.id)) for message in self.messages[start:end]]
 
-    async def _mount_later(self) -> None:
-        end = min(len(self.messages), self._last + BATCH)
-        views = [_view(m, self._answers(m.id)) for m in self.messages[self._last : end]]
-        await self.mount(*views)
-        self._last = end
-        self._moving = False
-        await self._prune(earlier=True)
+    async def _take_surplus(self) -> None:
+        """Take away the first views when there are too many."""
+        surplus = max(0, len(self.children) - self._num_most)
+        await self.remove_children(self.views[:surplus])
+        self._first += surplus
 
-    async def _prune(self, *, earlier: bool) -> None:
-        """Take away views at the far end when there are too many."""
-        views = self.views
-        if len(views) <= MOST:
-            return
-        surplus = len(views) - MOST + BATCH
-        if earlier:
-            height = self.virtual_size.height
-            self._moving = True
-            async with self.batch():
-                await self.remove_children(views[:surplus])
-                self._first += surplus
-
-            def stay() -> None:
-                if not self.is_vertical_scroll_end:
-                    y = self.scroll_y + self.virtual_size.height - height
-                    self.scroll_to(y=max(0, y), animate=False, force=True)
-                self._moving = False
-
-            self.call_after_refresh(stay)
-        else:
-            await self.remove_children(views[-surplus:])
-            self._last -= surplus
+    def _anchor_only_at_the_end(self) -> None:
+        """Whoever scrolls to the end of the conversation stays there, to no other end."""
+        at_end = self._last == len(self.messages)
+        self.anchor(at_end)
+        if at_end:
+            self.release_anchor()
 
     # ── moving ────────────────────────────────────────────────────────────────────────────────
 
@@ -234,7 +240,8 @@ class Transcript(VerticalScroll, can_focus=False):
 
     def in_sight(self) -> int | None:
         """The id of the message at the top edge, None at the end: what to come back to."""
-        if self.is_vertical_scroll_end or not self.views:
+        at_end = self.scroll_y >= self.max_scroll_y and self._last == len(self.messages)
+        if at_end or not self.views:
             return None
         for view in self.views:
             if view.virtual_region.bottom > self.scroll_y:

@@ -1,0 +1,1 @@
+"""Pages in a browser: the live preview, headless renders, and how near two pages are."""
