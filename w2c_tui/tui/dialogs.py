@@ -20,6 +20,7 @@ from textual.widgets import Button, DirectoryTree, Input, Static, TextArea
 from w2c_tui.core.errors import W2CError
 from w2c_tui.core.printable import printable
 from w2c_tui.tui.picture import HalfCells
+from w2c_tui.tui.text_area import WrappedArea
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 
@@ -68,7 +69,7 @@ class EditText(ModalScreen[str | None]):
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog -large"):
             yield Static(self._title, markup=False, classes="dialog-title")
-            yield TextArea(self._text, soft_wrap=True, show_line_numbers=False)
+            yield WrappedArea(self._text, soft_wrap=True, show_line_numbers=False)
             yield Static("Ctrl+S saves it as another version, Esc cancels.", markup=False)
 
     def action_accept(self) -> None:
@@ -88,7 +89,9 @@ class ShowText(ModalScreen[None]):
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog -large"):
             yield Static(f"{self._title} (Esc closes)", markup=False, classes="dialog-title")
-            yield TextArea(self._text, read_only=True, show_line_numbers=False, show_cursor=False)
+            yield WrappedArea(
+                self._text, read_only=True, show_line_numbers=False, show_cursor=False
+            )
 
 
 class AskTries(ModalScreen[tuple[int, int] | None]):

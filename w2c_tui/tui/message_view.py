@@ -28,6 +28,7 @@ from w2c_tui.core.printable import printable
 from w2c_tui.core.store import StoredAttachment, StoredMessage
 from w2c_tui.tui.blocks import Block, split
 from w2c_tui.tui.picture import HalfCells
+from w2c_tui.tui.text_area import WrappedArea
 
 if TYPE_CHECKING:
     from markdown_it import MarkdownIt
@@ -79,7 +80,7 @@ class Prose(Markdown):
             await stream.stop()
 
 
-class CodeArea(TextArea):
+class CodeArea(WrappedArea):
     """A read-only text area of which there may come and go thousands. While it is `growing`, only
     its end is highlighted."""
 

@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 from textual import events
 from textual.binding import Binding, BindingType
 from textual.message import Message
-from textual.widgets import TextArea
 from textual.widgets.text_area import Selection
 
 from w2c_tui.core.errors import ImageError
 from w2c_tui.core.reference import split_references
+from w2c_tui.tui.text_area import WrappedArea
 
 _token = re.compile(r"\[Image #(\d+)\]")
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
@@ -62,7 +62,7 @@ def pasted_references(text: str) -> list[str]:
     return references
 
 
-class PromptBox(TextArea):
+class PromptBox(WrappedArea):
     """A text area that grows with its text, sends on Enter and treats pictures as one piece."""
 
     BINDINGS: ClassVar[list[BindingType]] = [

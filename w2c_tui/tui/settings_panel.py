@@ -21,6 +21,7 @@ from textual.widgets import Input, Label, Select, Static, TextArea
 
 from w2c_tui.core.config import GenerationParams
 from w2c_tui.core.iteration import Iteration
+from w2c_tui.tui.text_area import WrappedArea
 
 _ITERATION = [
     ("the whole conversation", "history"),
@@ -59,7 +60,7 @@ class SettingsPanel(VerticalScroll, can_focus=False):
 
     def compose(self) -> ComposeResult:
         yield Label("System prompt")
-        yield TextArea(id="system", compact=True)
+        yield WrappedArea(id="system", compact=True)
         yield Static("Empty: the model's own.", classes="field-note", markup=False)
         yield Label("The model is given")
         yield Select(_ITERATION, allow_blank=False, id="iteration", compact=True)
