@@ -68,6 +68,10 @@ _ORIGIN = "http://page.invalid"
 _ARGUMENTS = (
     # The same pixels each time, on any screen.
     "--disable-gpu",
+    "--disable-software-rasterizer",
+    # A page of usual width is drawn in one or two pieces, which takes a quarter less time.
+    "--default-tile-width=2048",
+    "--default-tile-height=4096",
     "--force-color-profile=srgb",
     "--font-render-hinting=none",
     "--disable-lcd-text",
