@@ -26,6 +26,7 @@ from w2c_tui.core.image import (
     ImageLimits,
     attachment_from_bytes,
     attachment_from_picture,
+    read_header,
 )
 from w2c_tui.core.prompt import PAGE_PROMPT
 from w2c_tui.evaluate import judge
@@ -186,17 +187,16 @@ class _Run:
             seconds=written.seconds,
         )
         try:
-            original = attachment_from_bytes(
-                page.image.read_bytes(), page.image.name, str(page.image), self.limits
-            )
-            reference, text = self._reference(page, original)
+            header = read_header(page.image.read_bytes(), str(page.image), self.limits)
+            size = header.width, header.height
+            reference, text = self._reference(page, size)
             if written.html is None:
                 return msgspec.structs.replace(result, **_text_measures(text, ""))
             result = msgspec.structs.replace(
                 result, **_text_measures(text, visible_text(written.html))
             )
             try:
-                view = self.renderer.render(self._beside(original, written.html, page))
+                view = self.renderer.render(self._beside(size, written.html, page))
             except RenderError as error:
                 return msgspec.structs.replace(result, outcome="not rendered", error=error.message)
             comparison = compare(reference, view)
@@ -207,7 +207,7 @@ class _Run:
                 score=comparison.score.score,
                 parts=_parts(comparison),
                 error=comparison.failed,
-                judged=self._judged(original, view, number),
+                judged=self._judged(page, view, number),
             )
         except W2CError as error:
             return msgspec.structs.replace(result, outcome="failed", error=error.message)
@@ -216,13 +216,18 @@ class _Run:
                 result, outcome="failed", error=f"{page.image}: {error.strerror or error}"
             )
 
-    def _reference(self, page: Page, original: Attachment) -> tuple[View, str | None]:
+    def _original(self, page: Page) -> Attachment:
+        data = page.image.read_bytes()
+        return attachment_from_bytes(data, page.image.name, str(page.image), self.limits)
+
+    def _reference(self, page: Page, size: tuple[int, int]) -> tuple[View, str | None]:
         """The page to compare with, and its text. The screenshot is what counts: where there is
         HTML too, its layout tells where the text stands."""
         if page.html is not None:
             html = page.html.read_text(encoding="utf-8", errors="replace")
-            source = self._beside(original, html, page, page.html.parent)
+            source = self._beside(size, html, page, page.html.parent)
             return self.render_reference(source), visible_text(html)
+        original = self._original(page)
         if self.read_text is not None:
             original = self.read_text(original)
         lines = original.page_text
@@ -230,10 +235,9 @@ class _Run:
         return view_of_picture(original, limits=self.limits), text
 
     def _beside(
-        self, original: Attachment, html: str, page: Page, folder: Path | None = None
+        self, size: tuple[int, int], html: str, page: Page, folder: Path | None = None
     ) -> PageSource:
-        """`html` to be rendered as the screenshot was."""
-        size = original.width, original.height
+        """`html` to be rendered as the screenshot of that size was."""
         width, height = window_for(size, self.renderer.settings)
         return PageSource(html, folder, page.name, width, height)
 
@@ -257,11 +261,11 @@ class _Run:
                 self.folder / "pictures" / f"{page.name}.{kind}.jpg", buffer.getvalue()
             )
 
-    def _judged(self, original: Attachment, view: View, number: int) -> str | None:
+    def _judged(self, page: Page, view: View, number: int) -> str | None:
         if self.ask_judge is None:
             return None
         render = attachment_from_picture(view.picture, "page.png", "", self.limits)
-        return self.ask_judge(judge.request(original, render), number)
+        return self.ask_judge(judge.request(self._original(page), render), number)
 
 
 def _parts(comparison: Comparison) -> dict[str, float]:

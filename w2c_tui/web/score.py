@@ -184,8 +184,8 @@ def _mean(values: Sequence[float]) -> float:
 
 def is_blank(view: View) -> bool:
     """Whether there is nothing on the page but one colour."""
-    extrema = view.picture.getextrema()
-    return all(low == high for low, high in extrema)  # type: ignore[misc]
+    # Stops at the second colour.
+    return view.picture.getcolors(maxcolors=1) is not None
 
 
 # --- blocks --------------------------------------------------------------------------------------
@@ -222,14 +222,15 @@ def _colors(pixels: NDArray[np.uint8], line: Line) -> tuple[Color, Color] | None
         part = part[:: len(part) // 10_000]
     packed = part.astype(np.int32) @ np.array([65536, 256, 1], dtype=np.int32)
     values, counts = np.unique(packed, return_counts=True)
-    common = int(values[counts.argmax()])
-    background = np.array([common >> 16, common >> 8 & 255, common & 255])
-    distance = np.abs(part.astype(np.int16) - background.astype(np.int16)).sum(axis=1)
+    found = np.stack([values >> 16, values >> 8 & 255, values & 255], axis=1)
+    background = found[counts.argmax()]
+    distance = np.abs(found - background).sum(axis=1)
     farthest = int(distance.max())
     if farthest < 12:
         return None
     # Edges of letters are blends; their cores are what is farthest from the background.
-    color = part[distance >= 0.9 * farthest].mean(axis=0)
+    core = distance >= 0.9 * farthest
+    color = np.average(found[core], axis=0, weights=counts[core])
     return _rgb(color), _rgb(background)
 
 
