@@ -3,11 +3,13 @@
 Each measure starts the real application in a pseudo-terminal of 120 x 40 and reads its processor
 time and memory from outside; beside it stands a bare Textual screen, measured the same way in the
 same run. The engine is replaced by one that sends prepared pieces, so that only the interface is
-measured. Prints one JSON object; numbers of different machines compare only as ratios.
+measured. Prints one JSON object. Numbers of different machines compare only as ratios: the targets
+in seconds are of one where the bare screen takes 0.25 s, and are as much longer here as that is.
 """
 
 from __future__ import annotations
 
+import compileall
 import json
 import os
 import select
@@ -36,6 +38,8 @@ TARGETS = {
     "open_500_s": 0.5,
     "after_1000_mib": 130,
 }
+BARE_CPU_S = 0.25
+"""On the machine of the targets."""
 
 
 class Terminal:
@@ -95,23 +99,26 @@ class Terminal:
         os.close(self.fd)
 
 
+def bare() -> dict[str, float]:
+    """As `first_paint`, for a Textual screen with nothing in it."""
+    return _until_painted("bare", [str(HERE / "bare_screen.py")])
+
+
 def first_paint() -> dict[str, float]:
     """From the start of the process to the first full frame, the key list at the bottom."""
-    found: dict[str, float] = {}
-    for name, command, mark in (
-        ("bare", [sys.executable, str(HERE / "bare_screen.py")], b"palette"),
-        ("first_paint", [sys.executable, "-m", "w2c_tui"], b"palette"),
-    ):
-        cpu, mib = [], []
-        for _ in range(5):
-            with tempfile.TemporaryDirectory() as folder:
-                terminal = Terminal(command, folder)
-                terminal.until(mark)
-                cpu.append(terminal.cpu_s())
-                mib.append(terminal.mib())
-                terminal.close()
-        found |= {f"{name}_cpu_s": min(cpu), f"{name}_mib": max(mib)}
-    return found
+    return _until_painted("first_paint", ["-m", "w2c_tui"])
+
+
+def _until_painted(name: str, arguments: list[str]) -> dict[str, float]:
+    cpu, mib = [], []
+    for _ in range(5):
+        with tempfile.TemporaryDirectory() as folder:
+            terminal = Terminal([sys.executable, *arguments], folder)
+            terminal.until(b"palette")
+            cpu.append(terminal.cpu_s())
+            mib.append(terminal.mib())
+            terminal.close()
+    return {f"{name}_cpu_s": min(cpu), f"{name}_mib": max(mib)}
 
 
 def _scripted(scenario: str, *arguments: str) -> tuple[Terminal, tempfile.TemporaryDirectory]:
@@ -201,14 +208,21 @@ def memory() -> dict[str, float]:
 
 
 def main(names: list[str]) -> int:
-    measures = [first_paint, stream, echo, opening, memory]
-    found: dict[str, float] = {}
-    for measure in measures:
+    # As pip does where it installs.
+    compileall.compile_dir(HERE.parents[1] / "w2c_tui", quiet=1)
+    found = bare()
+    for measure in (first_paint, stream, echo, opening, memory):
         if not names or measure.__name__ in names:
             found |= measure()
+    slower = found["bare_cpu_s"] / BARE_CPU_S
+    targets = {
+        name: round(most * slower, 3) if name.endswith("_s") else most
+        for name, most in TARGETS.items()
+        if name in found
+    }
     rounded = {name: round(value, 3) for name, value in found.items()}
-    missed = [name for name, most in TARGETS.items() if found.get(name, 0) > most]
-    print(json.dumps({"measured": rounded, "targets": TARGETS, "missed": missed}, indent=2))
+    missed = [name for name, most in targets.items() if found[name] > most]
+    print(json.dumps({"measured": rounded, "targets": targets, "missed": missed}, indent=2))
     return 1 if missed else 0
 
 

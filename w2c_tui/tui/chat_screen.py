@@ -15,7 +15,7 @@ from textual.app import ComposeResult, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.screen import Screen
-from textual.widgets import Footer, Static, TextArea
+from textual.widgets import Static, TextArea
 
 from w2c_tui.core.config import GenerationParams
 from w2c_tui.core.conversation import Attachment, Message
@@ -27,6 +27,7 @@ from w2c_tui.tui.answer import Answer
 from w2c_tui.tui.app import W2CApp, guarded
 from w2c_tui.tui.branch_view import BranchView
 from w2c_tui.tui.composer import Composer
+from w2c_tui.tui.key_line import KeyLine
 from w2c_tui.tui.open_session import OpenSession
 from w2c_tui.tui.page_work import PageWork
 from w2c_tui.tui.panes import Panes
@@ -94,7 +95,7 @@ class ChatScreen(Screen[None]):
             yield PageWork(self.place)
             yield Composer(self.place)
         yield StatusLine()
-        yield Footer(compact=True, show_command_palette=True)
+        yield KeyLine()
 
     def on_mount(self) -> None:
         self._saver = self.set_timer(1.0, self.keep, pause=True)

@@ -15,13 +15,14 @@ from textual.binding import Binding, BindingType
 from textual.containers import Container, Horizontal, Vertical, VerticalScroll
 from textual.content import Content
 from textual.screen import Screen
-from textual.widgets import Footer, OptionList, Static
+from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
 from w2c_tui.core.errors import StoreError, W2CError
 from w2c_tui.core.printable import printable
 from w2c_tui.core.versions import Version, Versions
 from w2c_tui.tui.app import W2CApp, guarded
+from w2c_tui.tui.key_line import KeyLine
 from w2c_tui.tui.picture import picture_widget
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class CompareScreen(Screen[Wish | None]):
             yield VersionList(id="version-list", compact=True)
             with VerticalScroll(id="version-about"):
                 yield Static(markup=False, id="scores")
-        yield Footer(compact=True, show_command_palette=False)
+        yield KeyLine(show_command_palette=False)
 
     @guarded
     def on_mount(self) -> None:
