@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from textual import on
+from textual._styles_cache import StylesCache
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
@@ -342,6 +343,11 @@ class MessageView(Vertical, can_focus=True):
 
     def on_mount(self) -> None:
         self.tell()
+
+    def on_unmount(self) -> None:
+        # Textual's memory of this method's results keeps up to 1,024 widgets that are gone, each
+        # with the lines that it drew.
+        StylesCache.get_inner_outer.cache_clear()
 
     # ── content ───────────────────────────────────────────────────────────────────────────────
 
