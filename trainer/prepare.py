@@ -197,6 +197,11 @@ def summary(report: Report) -> list[str]:
         f"longest {total.longest:,}; {100 * total.truncated_share:.2f} % truncated to "
         f"{report.measured.max_length:,}, {total.num_masked_out:,} masked out"
     )
+    if total.num_masked_out:
+        lines.append(
+            "Of those that are masked out nothing is learnt: their answers begin behind the limit. "
+            "Raise --max-length, here and in training."
+        )
     return lines
 
 

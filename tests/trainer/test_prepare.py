@@ -336,7 +336,14 @@ def test_the_command_prepares_for_a_recipe(tmp_path, capsys):
     assert run(command, [*arguments, "--source", f"web2code={folder}"]) == 0
     printed = capsys.readouterr().out
     assert "web2code: 4 records, 4 kept, 4 rows" in printed
+    assert "Raise --max-length" not in printed
     assert open_dataset(out).measured.template == "v1"
+    arguments[0] = str(tmp_path / "short")
+    arguments += ["--max-length", "24", "--source", f"web2code={folder}"]
+    assert run(command, arguments) == 0
+    printed = capsys.readouterr().out
+    assert ", 4 masked out" in printed
+    assert "Raise --max-length" in printed
 
 
 @pytest.mark.parametrize(
