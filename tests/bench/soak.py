@@ -52,6 +52,10 @@ _KEPT = re.compile(
 """What may be in the data folder when nothing runs."""
 
 
+TOLD_TO_RESTART = "The file is damaged. Restart"
+"""Logged where damage is met that opening the sessions did not meet."""
+
+
 class Failed(Exception):
     """The application did not do what it must."""
 
@@ -70,6 +74,7 @@ class Soak:
         self.problems: list[str] = []
         self.full_disk = False
         self._number = 0
+        self._log_read = 0
         self._first_mib: dict[str, tuple[int, float]] = {}
         self.pictures = self._save_pictures()
         self.restore_model()
@@ -407,6 +412,7 @@ class Soak:
     def act(self, act: Callable[[], None]) -> None:
         name = act.__name__.removeprefix("do_").replace("_", " ")
         self.counts[name] += 1
+        self._new_log()
         try:
             # Wherever the last act left the focus: to the prompt.
             self.type(ESCAPE, ESCAPE)
@@ -414,11 +420,27 @@ class Soak:
             self.settle()
             self.measure()
         except Failed as failure:
-            log = (self.data / "logs" / "app.log").read_text(errors="replace")[-3000:]
-            self.problems.append(f"{name}: {failure}\n{log}")
+            log = self._new_log()
+            if TOLD_TO_RESTART not in log:
+                self.problems.append(f"{name}: {failure}\n{log[-3000:]}")
             with contextlib.suppress(OSError, psutil.Error):
                 self.kill()
             self.start()
+        else:
+            log = self._new_log()
+            if TOLD_TO_RESTART in log:
+                self.quit()
+                self.start()
+        self.counts["restarts as the message says"] += TOLD_TO_RESTART in log
+
+    def _new_log(self) -> str:
+        """What the application has logged since the last call."""
+        path = self.data / "logs" / "app.log"
+        text = path.read_text(errors="replace") if path.exists() else ""
+        # It is begun anew when it is long.
+        new = text[self._log_read :] if self._log_read <= len(text) else text
+        self._log_read = len(text)
+        return new
 
     def measure(self) -> None:
         """How much more memory each process has than when it had warmed up."""

@@ -51,7 +51,7 @@ from w2c_tui.models.tokenize import ImageSlot, PromptTokenizer, TextStream
 _SPLICED = {"llava", "idefics3", "smolvlm", "internvl", "mistral3", "aya_vision"}
 # What processors call the mask of image tokens; it is made for the whole prompt here.
 _TYPE_IDS = ("token_type_ids", "mm_token_type_ids")
-_CHUNK_TARGET_S = 0.15
+_CHUNK_TARGET_S = 0.3
 _MAX_CACHED_IMAGES = 16
 _DEFAULT_THREADS = torch.get_num_threads()
 
@@ -360,7 +360,7 @@ class HFBackend:
             logits = self._run(part, keep=1)
             done += len(part)
             spent = max(time.perf_counter() - began, 1e-4)
-            chunk = int(min(max(chunk * _CHUNK_TARGET_S / spent, chunk / 2, 16), chunk * 4, 2048))
+            chunk = int(min(max(chunk * _CHUNK_TARGET_S / spent, chunk / 2, 32), chunk * 4, 2048))
             yield Prefill(done, len(units))
         assert logits is not None
         yield _on_host(logits[-1])
