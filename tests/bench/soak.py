@@ -421,7 +421,7 @@ class Soak:
             self.measure()
         except Failed as failure:
             log = self._new_log()
-            if TOLD_TO_RESTART not in log:
+            if TOLD_TO_RESTART not in log or not self.terminal.process.is_running():
                 self.problems.append(f"{name}: {failure}\n{log[-3000:]}")
             with contextlib.suppress(OSError, psutil.Error):
                 self.kill()

@@ -360,7 +360,7 @@ class HFBackend:
             logits = self._run(part, keep=1)
             done += len(part)
             spent = max(time.perf_counter() - began, 1e-4)
-            chunk = int(min(max(chunk * _CHUNK_TARGET_S / spent, chunk / 2, 32), chunk * 4, 2048))
+            chunk = int(min(max(chunk * _CHUNK_TARGET_S / spent, chunk / 2, 16), chunk * 4, 2048))
             yield Prefill(done, len(units))
         assert logits is not None
         yield _on_host(logits[-1])

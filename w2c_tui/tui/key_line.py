@@ -19,7 +19,7 @@ class KeyLine(Footer):
         self._known: Sequence[tuple[object, ...]] = ()
 
     def bindings_changed(self, screen: Screen[object]) -> None:
-        # Told after every move of the focus; to make a dozen widgets takes as long as an answer.
+        # Told after every move of the focus, which seldom changes any.
         keys = [
             (binding.key, binding.description, binding.action, binding.group, enabled, tooltip)
             for key, (_, binding, enabled, tooltip) in screen.active_bindings.items()
