@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from w2c_tui.core.conversation import Message
 from w2c_tui.core.reference import load_attachment
 from w2c_tui.core.store import Store
 from w2c_tui.core.versions import Versions, keep_answer
+from w2c_tui.machine import find_browser
 
 __all__ = ["flags"]
 
@@ -273,8 +273,8 @@ def test_an_image_that_never_becomes_readable_is_reported_and_the_next_one_done(
 def test_the_tries_at_a_page_are_versions_with_pictures_and_scores(
     own_folders: Path, flags: list[str]
 ) -> None:
-    if shutil.which("chromium") is None:
-        pytest.skip("there is no Chromium on PATH")
+    if find_browser() is None:
+        pytest.skip("there is no browser")
     shot = own_folders / "shot.png"
     Image.new("RGB", (320, 200), "white").save(shot)
     out = own_folders / "page.html"

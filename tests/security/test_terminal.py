@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from w2c_tui.core.conversation import Message
 from w2c_tui.core.image import attachment_from_bytes
 from w2c_tui.core.store import Store
 from w2c_tui.core.versions import Versions, keep_answer
+from w2c_tui.machine import find_browser
 
 PAGE = f"<!DOCTYPE html><html><body><p>{EVIL}</p></body></html>"
 
@@ -148,8 +148,8 @@ def test_sessions_and_their_pages(
 
 def test_what_is_rendered_and_compared(evil_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("playwright")
-    if not any(map(shutil.which, ("chromium", "google-chrome", "chrome"))):
-        pytest.skip("there is no Chromium or Chrome on PATH")
+    if find_browser() is None:
+        pytest.skip("there is no browser")
     page, shot = evil_folder / f"{EVIL_NAME}.html", evil_folder / f"{EVIL_NAME}.png"
     monkeypatch.chdir(evil_folder)
     for arguments in (("render", page), ("compare", shot, page, "--no-ocr")):

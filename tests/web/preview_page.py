@@ -11,7 +11,13 @@ from playwright.sync_api import Browser, FrameLocator, Page, sync_playwright
 
 from w2c_tui.web.preview import PreviewServer, Shown
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+CHROMIUM = next(
+    filter(
+        None,
+        map(shutil.which, ("chromium", "google-chrome", "chrome", "chromium-headless-shell")),
+    ),
+    None,
+)
 PAGE = "<!DOCTYPE html><html><head><title>T</title></head><body><h1>{}</h1></body></html>"
 
 

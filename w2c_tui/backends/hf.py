@@ -51,7 +51,8 @@ from w2c_tui.models.tokenize import ImageSlot, PromptTokenizer, TextStream
 _SPLICED = {"llava", "idefics3", "smolvlm", "internvl", "mistral3", "aya_vision"}
 # What processors call the mask of image tokens; it is made for the whole prompt here.
 _TYPE_IDS = ("token_type_ids", "mm_token_type_ids")
-_CHUNK_TARGET_S = 0.3
+# How often progress is told. A piece can be stopped between any two layers.
+_CHUNK_TARGET_S = 1.0
 _MAX_CACHED_IMAGES = 16
 _DEFAULT_THREADS = torch.get_num_threads()
 
@@ -336,7 +337,7 @@ class HFBackend:
         return output.logits[0]  # type: ignore[no-any-return]
 
     def _prefill(self, units: Sequence[Unit]) -> Iterator[Prefill | Row]:
-        """Bring the cache to `units` in chunks that can be cancelled; the logits row comes last."""
+        """Bring the cache to `units` in chunks; the logits row comes last."""
         common = 0
         for ours, theirs in zip(self._units, units, strict=False):
             if ours != theirs:

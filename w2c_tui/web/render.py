@@ -16,7 +16,6 @@ import asyncio
 import base64
 import contextlib
 import functools
-import io
 import itertools
 import mimetypes
 import os
@@ -34,7 +33,6 @@ from urllib.parse import quote, unquote, urldefrag, urljoin, urlsplit
 
 import msgspec
 import psutil
-from PIL import Image
 from playwright.async_api import (
     Browser,
     BrowserContext,
@@ -56,7 +54,7 @@ from w2c_tui.core.errors import BrowserNotFoundError, RenderError, W2CError
 from w2c_tui.core.printable import one_line, quoted
 from w2c_tui.core.stand_in import SIZE_WITHOUT_ONE, placeholder, sizes
 from w2c_tui.web import snapshot
-from w2c_tui.web.view import View
+from w2c_tui.web.view import View, picture_from_png
 
 MAX_PAGE_BYTES, MAX_FILE_BYTES = 30_000_000, 30_000_000
 """Largest page, and largest file of its folder that it gets."""
@@ -158,7 +156,7 @@ def find_browser(setting: str = "") -> Path:
     install = {
         "darwin": "brew install --cask chromium",
         "win32": "winget install Google.Chrome",
-    }.get(sys.platform, "sudo apt install chromium (or your distribution's package)")
+    }.get(sys.platform, "sudo apt install chromium-headless-shell (or chromium)")
     raise BrowserNotFoundError(
         "No Chromium or Chrome was found, and pages cannot be rendered without one.",
         hint=f"Install one: {install}; or name it as [render] browser in the settings.",
@@ -684,8 +682,7 @@ async def _fonts(tab: _Tab) -> dict[str, str]:
 
 
 def _view(png: str, layout: dict[str, Any], page_height: int, job: _Job) -> View:
-    with Image.open(io.BytesIO(base64.b64decode(png)), formats=["PNG"]) as image:
-        picture = image.convert("RGB")
+    picture = picture_from_png(base64.b64decode(png))
     return View(
         picture=picture,
         lines=snapshot.lines_of(layout, picture.size),

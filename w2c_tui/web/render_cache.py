@@ -15,13 +15,12 @@ from functools import cached_property
 from pathlib import Path
 
 import msgspec
-from PIL import Image
 
 from w2c_tui.core import stand_in
 from w2c_tui.core.files import write_atomically
 from w2c_tui.web import render, snapshot, view
 from w2c_tui.web.render import PageSource, Renderer
-from w2c_tui.web.view import Line, Tree, View
+from w2c_tui.web.view import Line, Tree, View, picture_from_png
 
 MAX_BYTES = 4 * 2**30
 """Views that were not used for longest are removed beyond this."""
@@ -116,8 +115,7 @@ class RenderCache:
             kept = msgspec.msgpack.decode(path.read_bytes(), type=_Kept)
             if kept.files != _hashes(page, kept.files):
                 return None
-            with Image.open(io.BytesIO(kept.picture), formats=["PNG"]) as image:
-                picture = image.convert("RGB")
+            picture = picture_from_png(kept.picture)
         except (OSError, msgspec.DecodeError):
             # Not there, or damaged: it is made again.
             return None

@@ -6,6 +6,7 @@ browsers, scores or files.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -56,6 +57,17 @@ class View(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     def is_cut(self) -> bool:
         """Whether the page goes on below the picture."""
         return self.page_height > self.picture.height
+
+
+def picture_from_png(png: bytes) -> Image.Image:
+    """An RGB picture from what a browser or this program wrote; others go through `core.image`.
+
+    Raises OSError if it is damaged.
+    """
+    with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
+        image.load()
+        # `convert` copies a picture that is RGB already, which takes as long as decoding it.
+        return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def view_of_picture(
