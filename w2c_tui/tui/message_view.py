@@ -217,7 +217,7 @@ class Code(Vertical):
     def _name_it(self) -> None:
         name = {"page": "HTML page"}.get(self._kind, self._language or "code")
         num_lines = self._shown.removesuffix("\n").count("\n") + 1
-        more = "" if self._kind != "page" else "   p copies it, x shows all of it"
+        more = "" if self._kind != "page" else "   F6: p copies it, x shows all of it"
         lines = "1 line" if num_lines == 1 else f"{num_lines:,} lines"
         # Counting along would draw one more widget with every piece.
         title = name if self.area.growing else f"{name}, {lines}, {_size(len(self._shown))}{more}"
