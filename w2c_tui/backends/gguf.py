@@ -33,7 +33,7 @@ from w2c_tui.backends.llama import (
     num_tokens,
     supports_gpus,
 )
-from w2c_tui.backends.turn import Prompt, Row, answer, resident_peak
+from w2c_tui.backends.turn import Candidates, Prompt, Row, answer, resident_peak
 from w2c_tui.core.config import DeviceShare, GenerationParams, LoadSpec, checked, paths
 from w2c_tui.core.conversation import Attachment, Hints, Message
 from w2c_tui.core.errors import (
@@ -86,6 +86,7 @@ class GGUFBackend:
     def __init__(self) -> None:
         self._model: LanguageModel | None = None
         self._encoder: ImageEncoder | None = None
+        self.candidates: Candidates | None = None
         self._images: OrderedDict[str, list[Unit]] = OrderedDict()
         self._step_s = 1.0
 
@@ -285,8 +286,23 @@ class GGUFBackend:
         """See `Runtime.take_back`."""
         self._loaded.crop(len(self._loaded.units) - count)
 
+    def branch(self, count: int, room: int) -> int:
+        """See `Runtime.branch`; one answer is written at a time."""
+        return 1
+
+    def extend_branches(self, tokens: Sequence[int]) -> Sequence[Row]:
+        """See `Runtime.extend_branches`."""
+        raise NotImplementedError
+
+    def keep_branches(self, kept: Sequence[int]) -> None:
+        """See `Runtime.keep_branches`."""
+
     def stream(
-        self, messages: Sequence[Message], params: GenerationParams, cancelled: Callable[[], bool]
+        self,
+        messages: Sequence[Message],
+        params: GenerationParams,
+        cancelled: Callable[[], bool],
+        ahead: int = 0,
     ) -> Iterator[Event]:
         """See `Backend.stream`."""
         model = self._model
@@ -297,7 +313,7 @@ class GGUFBackend:
         if self._encoder is not None:
             self._encoder.cancelled = cancelled
         try:
-            yield from answer(self, messages, params, cancelled)
+            yield from answer(self, messages, params, cancelled, ahead)
         finally:
             model.cancelled = _never
             if self._encoder is not None:
