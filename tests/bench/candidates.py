@@ -29,8 +29,10 @@ def compare_candidates(backend: Any, count: int, tokens: int, sentences: int, ru
             rates.append(sum(stats(found).new_tokens for found in answers) / spent)
         if run:
             ratios.append(rates[1] / rates[0])
+            alone, together = rates
             print(
-                f"  one after another {rates[0]:7.1f} tokens/s   at once {rates[1]:7.1f} tokens/s   "
-                f"ratio {ratios[-1]:.2f}"
+                f"  one after another {alone:7.1f} tokens/s   at once {together:7.1f} tokens/s   "
+                f"ratio {ratios[-1]:.2f}",
+                flush=True,
             )
     print(f"ratio of {count} candidates, median of {len(ratios)}: {statistics.median(ratios):.2f}")

@@ -147,6 +147,7 @@ class GGUFBackend:
 
     def close(self) -> None:
         """See `Backend.close`."""
+        self.candidates = None
         self._images.clear()
         if self._model is not None:
             self._model.units.clear()
@@ -287,15 +288,27 @@ class GGUFBackend:
         self._loaded.crop(len(self._loaded.units) - count)
 
     def branch(self, count: int, room: int) -> int:
-        """See `Runtime.branch`; one answer is written at a time."""
-        return 1
+        """See `Runtime.branch`; they share the cells of the context, which must do for all."""
+        model = self._loaded
+        if not model.can_rewind:
+            return 1
+        count = min(count, (self.context_length - num_tokens(model.units)) // room)
+        if count > 1:
+            model.branch(count)
+        return count
 
     def extend_branches(self, tokens: Sequence[int]) -> Sequence[Row]:
         """See `Runtime.extend_branches`."""
-        raise NotImplementedError
+        model = self._loaded
+        model.watch(self._step_s > _SLOW_STEP_S)
+        began = time.perf_counter()
+        rows = model.run_branches(tokens)
+        self._step_s = time.perf_counter() - began
+        return rows
 
     def keep_branches(self, kept: Sequence[int]) -> None:
         """See `Runtime.keep_branches`."""
+        self._loaded.keep_branches(kept)
 
     def stream(
         self,
