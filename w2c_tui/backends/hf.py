@@ -128,8 +128,6 @@ class HFBackend:
             self._context_length = min(spec.context, loaded.context_length)
         self._eos_ids = _eos_ids(model, self._tokenizer)
         self._incremental = _is_incremental(model, self._reads_images)
-        # Four-bit weights have a fast product for one token only; for several they are unpacked.
-        self._branches_pay = self._incremental and spec.quantization != "4bit"
         self._branches: list[GrowingLayer] = []
         self._images: OrderedDict[str, _EncodedImage] = OrderedDict()
         self._reset_context()
@@ -495,7 +493,7 @@ class HFBackend:
 
     def branch(self, count: int, room: int) -> int:
         """See `Runtime.branch`."""
-        if not self._branches_pay:
+        if not self._incremental:
             return 1
         count = min(count, self._fitting_branches(room))
         if count > 1:
