@@ -2,6 +2,7 @@
 
 The subclass gives two fixtures: `vision` and `text`, each a loaded backend with a small random
 model that is deterministic in greedy decoding; `fresh` makes another one with the same model.
+`CandidatesContract` is for those that write several answers at once.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+import msgspec
 import pytest
 from PIL import Image
 
 from tests.tiny import hostile_texts
 from w2c_tui.backends.base import Backend, Event, Finished, Prefill, Stats, Text, Trimmed
+from w2c_tui.backends.turn import MAX_BRANCHES
 from w2c_tui.core.config import GenerationParams
 from w2c_tui.core.conversation import Attachment, Message, TextLine
 from w2c_tui.core.errors import ConfigError, ContextOverflowError, ImageError, PromptError
@@ -41,8 +44,9 @@ def events(
     messages: Sequence[Message],
     params: GenerationParams = GREEDY,
     cancelled: Callable[[], bool] = lambda: False,
+    ahead: int = 0,
 ) -> list[Event]:
-    return list(backend.stream(messages, params, cancelled))
+    return list(backend.stream(messages, params, cancelled, ahead))
 
 
 def text_of(found: Sequence[Event]) -> str:
@@ -238,15 +242,11 @@ class BackendContract:
             events(text, [user("Code?", red)])
 
     def test_a_text_model_reads_the_page_text(self, text, red):
-        import msgspec
-
         seen = msgspec.structs.replace(red, page_text=(TextLine("Prices", (1, 2, 30, 12)),))
         with_text = stats(events(text, [user("Code?", seen)])).prompt_tokens
         assert with_text > stats(events(text, [user("Code?")])).prompt_tokens
 
     def test_an_image_that_cannot_be_decoded_changes_nothing(self, vision, red):
-        import msgspec
-
         messages = [user("Code?", red)]
         whole = text_of(events(vision, messages))
         broken = msgspec.structs.replace(red, data=red.data[:50], sha256="f" * 64)
@@ -262,3 +262,188 @@ class BackendContract:
         ):
             with pytest.raises(ConfigError):
                 events(text, [user("Write")], params)
+
+
+HOT = GenerationParams(temperature=1.0, max_new_tokens=24, seed=7)
+
+
+def seeded(params: GenerationParams, number: int) -> GenerationParams:
+    assert params.seed is not None
+    return msgspec.structs.replace(params, seed=(params.seed + number) % 2**63)
+
+
+def one_by_one(
+    backend: Backend, messages: Sequence[Message], params: GenerationParams, count: int = 3
+) -> list[list[Event]]:
+    return [events(backend, messages, seeded(params, number)) for number in range(count)]
+
+
+def at_once(
+    backend: Backend, messages: Sequence[Message], params: GenerationParams, count: int = 3
+) -> list[list[Event]]:
+    """As `one_by_one`, with the backend told that more will follow."""
+    return [
+        events(backend, messages, seeded(params, number), ahead=count - 1 - number)
+        for number in range(count)
+    ]
+
+
+def outcome(found: Sequence[Event]) -> tuple[object, ...]:
+    """What must not depend on what was written beside it."""
+    measured = stats(found)
+    return (
+        text_of(found),
+        finish(found).reason,
+        measured.seed,
+        measured.prompt_tokens,
+        measured.new_tokens,
+        measured.context_used,
+    )
+
+
+def assert_the_same(batch: Sequence[Sequence[Event]], alone: Sequence[Sequence[Event]]) -> None:
+    assert [outcome(found) for found in batch] == [outcome(found) for found in alone]
+
+
+class _PatientStop:
+    """Says yes when it was asked more than `patience` times since there was text."""
+
+    def __init__(self, found: Sequence[Event], patience: int) -> None:
+        self._found, self._left = found, patience
+
+    def __call__(self) -> bool:
+        self._left -= any(isinstance(event, Text) for event in self._found)
+        return self._left < 0
+
+
+class CandidatesContract:
+    """With the fixtures of `BackendContract`, in which equal picks must give equal answers."""
+
+    @pytest.fixture
+    def asked(self) -> list[Message]:
+        return [user("Code?", picture("red"))]
+
+    @pytest.mark.parametrize("repetition_penalty", [1.0, 1.3])
+    def test_candidates_written_at_once_are_what_each_seed_gives(
+        self, vision, asked, repetition_penalty
+    ):
+        params = msgspec.structs.replace(HOT, repetition_penalty=repetition_penalty)
+        alone = one_by_one(vision, asked, params)
+        assert len({text_of(found) for found in alone}) == 3
+        batch = at_once(vision, asked, params)
+        assert_the_same(batch, alone)
+        for found in batch[1:]:
+            total = stats(found).prompt_tokens
+            # They were there already.
+            assert found[0] == Prefill(total, total)
+            assert stats(found).reused_tokens == total
+            assert 0 < stats(found).tokens_per_s < 100_000
+            assert stats(found).total_s < stats(batch[0]).total_s
+        assert vision.candidates is None
+
+    def test_candidates_may_be_asked_for_in_any_order_and_once(self, text):
+        messages = [user("Write")]
+        params = msgspec.structs.replace(HOT, seed=2**63 - 2)
+        alone = one_by_one(text, messages, params)
+        found = [events(text, messages, seeded(params, n), ahead=2) for n in (0, 2, 1)]
+        assert_the_same([found[n] for n in (0, 2, 1)], alone)
+        again = events(text, messages, seeded(params, 1))
+        assert outcome(again) == outcome(alone[1])
+        assert stats(again).reused_tokens < stats(again).prompt_tokens
+
+    def test_more_candidates_than_run_at_once(self, text):
+        messages = [user("Write")]
+        params = msgspec.structs.replace(HOT, max_new_tokens=8)
+        count = MAX_BRANCHES + 3
+        batch = at_once(text, messages, params, count)
+        assert_the_same(batch, one_by_one(text, messages, params, count))
+        computed = [stats(found).reused_tokens < stats(found).prompt_tokens for found in batch]
+        assert [n for n, alone in enumerate(computed) if alone] == [0, MAX_BRANCHES]
+
+    def test_another_request_drops_what_was_kept_and_is_right(self, vision, fresh, asked):
+        alone = one_by_one(vision, asked, HOT)
+        others: list[tuple[list[Message], GenerationParams]] = [
+            ([user("Other")], HOT),
+            (asked, seeded(HOT, 9)),
+            (asked, msgspec.structs.replace(seeded(HOT, 1), temperature=0.9)),
+        ]
+        for messages, params in others:
+            other = fresh("vision")
+            expected = outcome(events(other, messages, params))
+            other.close()
+            assert outcome(events(vision, asked, HOT, ahead=2)) == outcome(alone[0])
+            assert outcome(events(vision, messages, params)) == expected
+            assert vision.candidates is None
+            assert outcome(events(vision, asked, seeded(HOT, 1))) == outcome(alone[1])
+
+    @pytest.mark.parametrize("leave", ["cancel", "close"])
+    def test_a_candidate_that_is_left_in_the_middle_harms_no_other(self, vision, asked, leave):
+        alone = one_by_one(vision, asked, HOT)
+        for number in range(3):
+            flag = threading.Event()
+            found: list[Event] = []
+            params = seeded(HOT, number)
+            stream = vision.stream(asked, params, flag.is_set, ahead=2 - number)
+            for event in stream:
+                found.append(event)
+                if sum(isinstance(e, Text) for e in found) == 3 and number != 1:
+                    if leave == "close":
+                        stream.close()
+                        break
+                    flag.set()
+            if number == 1:
+                assert outcome(found) == outcome(alone[1])
+            else:
+                assert text_of(found)
+                assert text_of(alone[number]).startswith(text_of(found))
+        assert vision.candidates is None
+        assert_the_same(at_once(vision, asked, HOT), alone)
+
+    def test_a_stop_anywhere_in_a_step_loses_nothing(self, vision, asked):
+        alone = one_by_one(vision, asked, HOT)
+        for patience in (8, 9, 11, 14, 19):
+            found: list[Event] = []
+            stop = _PatientStop(found, patience)
+            for event in vision.stream(asked, HOT, stop, ahead=2):
+                found.append(event)
+            assert finish(found).reason == "cancelled"
+            assert text_of(alone[0]).startswith(text_of(found))
+            rest = [events(vision, asked, seeded(HOT, n), ahead=2 - n) for n in (1, 2)]
+            assert_the_same(rest, alone[1:])
+
+    def test_candidates_of_unequal_length(self, text):
+        messages = [user("Write a page")]
+        whole = [text_of(found) for found in one_by_one(text, messages, HOT)]
+        for at in range(3):
+            stop = whole[at][4:7]
+            params = msgspec.structs.replace(HOT, stop=(stop,))
+            alone = one_by_one(text, messages, params)
+            assert finish(alone[at]).reason == "stop"
+            assert len({stats(found).new_tokens for found in alone}) > 1
+            assert_the_same(at_once(text, messages, params), alone)
+        shortest = msgspec.structs.replace(HOT, max_new_tokens=1)
+        assert_the_same(at_once(text, messages, shortest), one_by_one(text, messages, shortest))
+
+    def test_the_turn_after_candidates_goes_on_from_the_prompt(self, vision, fresh, asked):
+        batch = at_once(vision, asked, HOT)
+        more = [*asked, Message("assistant", text_of(batch[1])), user("Bigger")]
+        found = events(vision, more)
+        assert stats(found).reused_tokens >= stats(batch[0]).prompt_tokens - 4
+        other = fresh("vision")
+        assert text_of(found) == text_of(events(other, more))
+        other.close()
+
+    def test_candidates_of_a_conversation_that_had_to_be_shortened(self, text):
+        messages = [user("Turn 0")]
+        for turn in range(12):
+            messages += [Message("assistant", "word " * 120), user(f"Turn {turn + 1}")]
+        alone = one_by_one(text, messages, HOT)
+        batch = at_once(text, messages, HOT)
+        assert_the_same(batch, alone)
+        assert all(isinstance(found[0], Trimmed) for found in batch)
+        assert [found[0] for found in batch] == [found[0] for found in alone]
+
+    def test_prompt_lookup_changes_no_candidate(self, text):
+        messages = [user("Repeat <li>Price</li><li>Price</li> <li>Price</li><li>Price</li>")]
+        params = msgspec.structs.replace(HOT, prompt_lookup=4)
+        assert_the_same(at_once(text, messages, params), one_by_one(text, messages, params))

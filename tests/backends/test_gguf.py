@@ -9,6 +9,7 @@ import shutil
 import threading
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,9 +17,14 @@ from PIL import Image
 from tests.backends import gguf_files
 from tests.backends.contract import (
     GREEDY,
+    HOT,
     BackendContract,
+    CandidatesContract,
+    assert_the_same,
+    at_once,
     events,
     finish,
+    one_by_one,
     picture,
     stats,
     text_of,
@@ -80,7 +86,7 @@ def vision_file(tiny_llava, tmp_path_factory):
     return export(str(tiny_llava), out, spec, lambda *_: None).model
 
 
-class TestContract(BackendContract):
+class TestContract(BackendContract, CandidatesContract):
     @pytest.fixture(scope="class")
     def fresh(self, text_file, vision_file):
         files = {"vision": vision_file, "text": text_file}
@@ -93,6 +99,20 @@ class TestContract(BackendContract):
     @pytest.fixture(scope="class")
     def text(self, fresh):
         return fresh("text")
+
+
+def test_candidates_share_the_context_that_there_is(text_file):
+    backend = load(text_file, context=128)
+    messages = [user("Write")]
+    prompt = backend.encode(messages).num_tokens
+    for max_new_tokens, reused in ((24, 2), ((128 - prompt) // 2, 1), (120, 0)):
+        params = msgspec.structs.replace(HOT, max_new_tokens=max_new_tokens)
+        alone = one_by_one(backend, messages, params)
+        batch = at_once(backend, messages, params)
+        assert_the_same(batch, alone)
+        whole = [stats(found).reused_tokens == prompt for found in batch]
+        assert sum(whole) == reused
+    backend.close()
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,14 @@ import torch
 
 from tests.backends.contract import (
     GREEDY,
+    HOT,
     BackendContract,
+    CandidatesContract,
+    assert_the_same,
+    at_once,
     events,
     finish,
+    one_by_one,
     picture,
     stats,
     text_of,
@@ -35,7 +40,7 @@ def load(folder, **changes) -> HFBackend:
     return backend
 
 
-class TestContract(BackendContract):
+class TestContract(BackendContract, CandidatesContract):
     @pytest.fixture(scope="class")
     def fresh(self, tiny_llama, tiny_llava):
         return lambda kind: load(tiny_llava if kind == "vision" else tiny_llama)
@@ -195,6 +200,76 @@ def test_repetition_penalty_changes_the_text(tiny_llama):
 def test_automatic_dtype_is_one_this_machine_computes_in():
     assert choose_dtype("auto") in (torch.float32, torch.bfloat16, torch.float16)
     assert choose_dtype("float16") is torch.float16
+
+
+def test_candidates_may_end_themselves(tiny_llama):
+    """With a tenth of the vocabulary as ends, so that some of the answers are short."""
+    backend = load(tiny_llama)
+    backend._eos_ids = set(range(0, backend._model.config.vocab_size, 10))
+    messages = [user("Write")]
+    params = GenerationParams(temperature=1.0, max_new_tokens=40, seed=3)
+    alone = one_by_one(backend, messages, params, 8)
+    assert {finish(found).reason for found in alone} == {"stop"}
+    assert len({stats(found).new_tokens for found in alone}) > 3
+    assert_the_same(at_once(backend, messages, params, 8), alone)
+    assert backend._branches == []
+
+
+def test_without_memory_for_all_there_are_fewer_branches(tiny_llama, monkeypatch):
+    backend = load(tiny_llama)
+    messages = [user("Write")]
+    alone = one_by_one(backend, messages, HOT)
+    used = stats(alone[0]).prompt_tokens + 24
+    each = sum(layer.position_bytes for layer in backend._growing_layers()) * used
+    for free, reused in ((2 * each, 0), (4 * each, 1), (6 * each, 2)):
+        monkeypatch.setattr("w2c_tui.backends.hf.main_memory", lambda free=free: (free, free))
+        backend._reset_context()
+        batch = at_once(backend, messages, HOT)
+        assert_the_same(batch, alone)
+        whole = [stats(found).reused_tokens == stats(found).prompt_tokens for found in batch]
+        assert sum(whole) == reused
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_quantised_models_write_candidates(tiny_llama, quantization):
+    backend = load(tiny_llama, quantization=quantization, dtype="bfloat16")
+    batch = at_once(backend, [user("Write")], HOT)
+    assert all(finish(found).reason in ("stop", "length") for found in batch)
+    assert len({text_of(found) for found in batch}) == 3
+
+
+def test_loading_and_closing_drop_what_was_kept(tiny_llama):
+    backend = load(tiny_llama)
+    for leave in (
+        backend.close,
+        lambda: backend.load(LoadSpec(name=str(tiny_llama), dtype="float32"), lambda *_: None),
+    ):
+        if backend._loaded is None:
+            backend.load(LoadSpec(name=str(tiny_llama), dtype="float32"), lambda *_: None)
+        events(backend, [user("Write")], HOT, ahead=2)
+        assert backend.candidates is not None
+        leave()
+        assert backend.candidates is None
+
+
+def test_cache_is_branched_and_branches_are_selected():
+    layer = GrowingLayer()
+    torch.manual_seed(0)
+    keys, values = torch.randn(2, 1, 2, 300, 4).unbind(0)
+    layer.update(keys, values)
+    layer.crop_to(290)
+    branched = layer.branched(3)
+    new = torch.randn(2, 3, 2, 1, 4)
+    got = branched.update(*new)
+    assert torch.equal(got[0][2], torch.cat([keys[0, :, :290], new[0, 2]], dim=-2))
+    branched.select([0, 2])
+    newer = torch.randn(2, 2, 2, 1, 4)
+    got = branched.update(*newer)
+    assert torch.equal(got[1][1], torch.cat([values[0, :, :290], new[1, 2], newer[1, 1]], dim=-2))
+    assert branched.get_seq_length() == 292
+    # The one that was read stays as it was.
+    assert layer.get_seq_length() == 290
+    assert layer.position_bytes == branched.position_bytes == 2 * 2 * 4 * 4
 
 
 def test_buffered_cache_grows_and_crops_without_losing_anything():

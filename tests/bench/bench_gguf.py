@@ -7,6 +7,7 @@
     python -m tests.bench.bench_gguf handler   the same turn 2, against Llava15ChatHandler
     python -m tests.bench.bench_gguf cancel    seconds until an answer has ended that was cancelled
                                                while the picture, the prompt or the page was at work
+    python -m tests.bench.bench_gguf best_of   four candidates at once, against one after another
 
 The model is the packaged SmolLM2-135M; the image encoder has random weights and the size of
 DINOv2-S (or --tower large for that of CLIP-L).
@@ -29,6 +30,7 @@ from PIL import Image
 
 from tests.backends.contract import events, stats, text_of, user
 from tests.backends.gguf_files import save_mmproj
+from tests.bench.candidates import compare_candidates
 from w2c_tui.backends.base import Backend, Text
 from w2c_tui.backends.gguf import GGUFBackend
 from w2c_tui.backends.llama import LanguageModel, RuntimeOptions
@@ -238,7 +240,7 @@ def cancel(path: Path, mmproj: Path, threads: int, runs: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["decode", "hf", "turns", "handler", "cancel"])
+    parser.add_argument("what", choices=["decode", "hf", "best_of", "turns", "handler", "cancel"])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=int, default=5)
@@ -248,6 +250,11 @@ def main() -> None:
     path = Path(locate(given.model, paths().models, lambda *_: None))
     if given.what == "decode":
         decode(path, given.threads, given.runs, given.count)
+        return
+    if given.what == "best_of":
+        backend = load(path, given.threads)
+        compare_candidates(backend, 4, given.count, 4, given.runs)
+        backend.close()
         return
     if given.what == "hf":
         against_hf(path, given.threads, given.runs, given.count)

@@ -2,10 +2,13 @@
 
     python -m tests.bench.bench_hf decode [--model FOLDER_OR_NAME] [--shape 135m|1b]
     python -m tests.bench.bench_hf turns
+    python -m tests.bench.bench_hf best_of [--candidates 4]
 
 `decode`: tokens/s while writing, ours against `model.generate` with `TextIteratorStreamer`, the
 two in turn; the ratio should be at least 1.1. `turns`: time to first token of a second turn over
 an unchanged image of 576 tokens, as a share of the first turn's; it should be at most 0.15.
+`best_of`: tokens/s of several candidates written at once, against one after another over the same
+prompt.
 Ratios are what counts: single times depend on the machine and on what else runs on it.
 """
 
@@ -33,6 +36,7 @@ from transformers import (
 from transformers.utils import logging
 
 from tests.backends.contract import events, picture, stats, user
+from tests.bench.candidates import compare_candidates
 from tests.tiny import byte_level_tokenizer, save_llava
 from w2c_tui.backends.hf import HFBackend
 from w2c_tui.core.config import GenerationParams, LoadSpec, paths
@@ -163,20 +167,36 @@ def bench_turns(options: argparse.Namespace) -> None:
         print(f"turn 2 / turn 1, median of {len(ratios)}: {statistics.median(ratios):.3f}")
 
 
+def bench_best_of(options: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        name = options.model or str(save_shape(options.shape, Path(scratch)))
+        backend = HFBackend()
+        info = backend.load(
+            LoadSpec(name=name, dtype=options.dtype, threads=options.threads), lambda *_: None
+        )
+        print(f"{info.name}: {info.num_parameters / 1e6:.0f}M, {info.dtype}")
+        backend._eos_ids = set()
+        compare_candidates(
+            backend, options.candidates, options.tokens, options.prompt, options.runs
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["decode", "turns"])
+    parser.add_argument("what", choices=["decode", "turns", "best_of"])
     parser.add_argument("--model")
     parser.add_argument("--shape", choices=SHAPES, default="135m")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--prompt", type=int, default=4, help="repeats of the prompt's sentence")
+    parser.add_argument("--candidates", type=int, default=4)
     parser.add_argument("--runs", type=int, default=5)
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    {"decode": bench_decode, "turns": bench_turns}[options.what](options)
+    run = {"decode": bench_decode, "turns": bench_turns, "best_of": bench_best_of}[options.what]
+    run(options)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,9 @@ class ScriptedEngine(EngineClient):
     def cancel(self) -> None:
         self._cancelled.set()
 
-    def stream(self, messages: Sequence[Message], params: GenerationParams) -> Iterator[Event]:
+    def stream(
+        self, messages: Sequence[Message], params: GenerationParams, ahead: int = 0
+    ) -> Iterator[Event]:
         self.asked = list(messages)
         yield Prefill(10, 10)
         began = time.monotonic()

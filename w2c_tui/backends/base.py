@@ -112,9 +112,17 @@ class Backend(Protocol):
         ...
 
     def stream(
-        self, messages: Sequence[Message], params: GenerationParams, cancelled: Callable[[], bool]
+        self,
+        messages: Sequence[Message],
+        params: GenerationParams,
+        cancelled: Callable[[], bool],
+        ahead: int = 0,
     ) -> Iterator[Event]:
         """Answer the conversation; the last event is Finished.
+
+        `ahead`: how many requests for the same will follow, with the seeds that come after this
+        one (modulo 2**63). A backend may write those answers beside this one, and must give each
+        what it would be alone; any other request drops them.
 
         `cancelled` is asked often; once it is true the stream ends with reason "cancelled" within
         half a second and what was computed stays usable.

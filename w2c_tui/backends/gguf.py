@@ -33,7 +33,7 @@ from w2c_tui.backends.llama import (
     num_tokens,
     supports_gpus,
 )
-from w2c_tui.backends.turn import Prompt, Row, answer, resident_peak
+from w2c_tui.backends.turn import Candidates, Prompt, Row, answer, resident_peak
 from w2c_tui.core.config import DeviceShare, GenerationParams, LoadSpec, checked, paths
 from w2c_tui.core.conversation import Attachment, Hints, Message
 from w2c_tui.core.errors import (
@@ -86,6 +86,7 @@ class GGUFBackend:
     def __init__(self) -> None:
         self._model: LanguageModel | None = None
         self._encoder: ImageEncoder | None = None
+        self.candidates: Candidates | None = None
         self._images: OrderedDict[str, list[Unit]] = OrderedDict()
         self._step_s = 1.0
 
@@ -146,6 +147,7 @@ class GGUFBackend:
 
     def close(self) -> None:
         """See `Backend.close`."""
+        self.candidates = None
         self._images.clear()
         if self._model is not None:
             self._model.units.clear()
@@ -285,8 +287,35 @@ class GGUFBackend:
         """See `Runtime.take_back`."""
         self._loaded.crop(len(self._loaded.units) - count)
 
+    def branch(self, count: int, room: int) -> int:
+        """See `Runtime.branch`; they share the cells of the context, which must do for all."""
+        model = self._loaded
+        if not model.can_rewind:
+            return 1
+        count = min(count, (self.context_length - num_tokens(model.units)) // room)
+        if count > 1:
+            model.branch(count)
+        return count
+
+    def extend_branches(self, tokens: Sequence[int]) -> Sequence[Row]:
+        """See `Runtime.extend_branches`."""
+        model = self._loaded
+        model.watch(self._step_s > _SLOW_STEP_S)
+        began = time.perf_counter()
+        rows = model.run_branches(tokens)
+        self._step_s = time.perf_counter() - began
+        return rows
+
+    def keep_branches(self, kept: Sequence[int]) -> None:
+        """See `Runtime.keep_branches`."""
+        self._loaded.keep_branches(kept)
+
     def stream(
-        self, messages: Sequence[Message], params: GenerationParams, cancelled: Callable[[], bool]
+        self,
+        messages: Sequence[Message],
+        params: GenerationParams,
+        cancelled: Callable[[], bool],
+        ahead: int = 0,
     ) -> Iterator[Event]:
         """See `Backend.stream`."""
         model = self._model
@@ -297,7 +326,7 @@ class GGUFBackend:
         if self._encoder is not None:
             self._encoder.cancelled = cancelled
         try:
-            yield from answer(self, messages, params, cancelled)
+            yield from answer(self, messages, params, cancelled, ahead)
         finally:
             model.cancelled = _never
             if self._encoder is not None:

@@ -23,7 +23,7 @@ from transformers import Cache, DynamicCache
 from w2c_tui.backends import cpu
 from w2c_tui.backends.base import Event, ModelInfo, Prefill, Report
 from w2c_tui.backends.kv_cache import GrowingLayer, growing_cache
-from w2c_tui.backends.turn import Interrupted, Prompt, Row, answer, resident_peak
+from w2c_tui.backends.turn import Candidates, Interrupted, Prompt, Row, answer, resident_peak
 from w2c_tui.core.config import DeviceShare, GenerationParams, LoadSpec, checked, paths
 from w2c_tui.core.conversation import Attachment, Message
 from w2c_tui.core.errors import (
@@ -42,6 +42,7 @@ from w2c_tui.core.prompt import (
     image_list,
     render,
 )
+from w2c_tui.machine import main_memory
 from w2c_tui.models.checkpoint import LoadedModel, load_model, open_checkpoint
 from w2c_tui.models.placement import device_shares
 from w2c_tui.models.tokenize import ImageSlot, PromptTokenizer, TextStream
@@ -83,6 +84,7 @@ class HFBackend:
 
     def __init__(self) -> None:
         self._loaded: LoadedModel | None = None
+        self.candidates: Candidates | None = None
         self._cancelled: Callable[[], bool] = _never
 
     # --- loading ---------------------------------------------------------------------------------
@@ -126,6 +128,7 @@ class HFBackend:
             self._context_length = min(spec.context, loaded.context_length)
         self._eos_ids = _eos_ids(model, self._tokenizer)
         self._incremental = _is_incremental(model, self._reads_images)
+        self._branches: list[GrowingLayer] = []
         self._images: OrderedDict[str, _EncodedImage] = OrderedDict()
         self._reset_context()
         devices = {str(d) for d in getattr(model, "hf_device_map", {"": model.device}).values()}
@@ -154,8 +157,8 @@ class HFBackend:
         """See `Backend.close`."""
         if self._loaded is None:
             return
-        self._loaded = None
-        for name in ("_model", "_cache", "_images"):
+        self._loaded = self.candidates = None
+        for name in ("_model", "_cache", "_branches", "_images"):
             self.__dict__.pop(name, None)
         gc.collect()
         if torch.cuda.is_available():
@@ -417,7 +420,11 @@ class HFBackend:
     # --- answering -------------------------------------------------------------------------------
 
     def stream(
-        self, messages: Sequence[Message], params: GenerationParams, cancelled: Callable[[], bool]
+        self,
+        messages: Sequence[Message],
+        params: GenerationParams,
+        cancelled: Callable[[], bool],
+        ahead: int = 0,
     ) -> Iterator[Event]:
         """See `Backend.stream`."""
         if self._loaded is None:
@@ -426,7 +433,7 @@ class HFBackend:
         self._cancelled = cancelled
         try:
             with _library_errors():
-                yield from answer(self, messages, params, cancelled)
+                yield from answer(self, messages, params, cancelled, ahead)
         finally:
             self._cancelled = _never
             self._settle()
@@ -482,6 +489,51 @@ class HFBackend:
         """See `Runtime.take_back`."""
         self._crop(len(self._units) - count)
 
+    # --- branches: the context several times, in a cache of its own ------------------------------
+
+    def branch(self, count: int, room: int) -> int:
+        """See `Runtime.branch`."""
+        if not self._incremental:
+            return 1
+        count = min(count, self._fitting_branches(room))
+        if count > 1:
+            self._branches = [layer.branched(count) for layer in self._growing_layers()]
+        return count
+
+    @torch.inference_mode()
+    def extend_branches(self, tokens: Sequence[int]) -> Sequence[Row]:
+        """See `Runtime.extend_branches`; as they are equally long, nothing is padded."""
+        length = self._branches[0].get_seq_length()
+        ids = torch.tensor(tokens, device=self._model.device)[:, None]
+        try:
+            output = self._model(
+                input_ids=ids,
+                past_key_values=Cache(layers=list(self._branches)),
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        except BaseException:
+            for layer in self._branches:
+                layer.crop_to(length)
+            raise
+        return list(_on_host(output.logits[:, -1]))
+
+    def keep_branches(self, kept: Sequence[int]) -> None:
+        """See `Runtime.keep_branches`."""
+        if kept:
+            for layer in self._branches:
+                layer.select(kept)
+        else:
+            self._branches = []
+
+    def _fitting_branches(self, room: int) -> int:
+        """How many branches of `room` more tokens half of the free memory holds."""
+        needed: dict[torch.device, int] = {}
+        for layer in self._growing_layers():
+            size = layer.position_bytes * (layer.get_seq_length() + room)
+            needed[layer.device] = needed.get(layer.device, 0) + size
+        return min(_free_bytes(device) // 2 // size for device, size in needed.items())
+
 
 def plan_placement(spec: LoadSpec, report: Report) -> tuple[DeviceShare, ...]:
     """Where `HFBackend.load(spec)` would put the model; see `placement.device_shares`."""
@@ -511,6 +563,13 @@ def choose_dtype(name: str) -> torch.dtype:
     if torch.backends.mps.is_available():
         return torch.float16
     return torch.bfloat16 if cpu.bf16_is_faster() else torch.float32
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return main_memory()[1]
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def _on_host(logits: torch.Tensor) -> Row:

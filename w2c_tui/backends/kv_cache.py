@@ -5,6 +5,7 @@ Knows nothing about what is cached.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,10 +22,10 @@ class GrowingLayer(DynamicLayer):
     def __init__(self) -> None:
         super().__init__()
         self._length = 0
+        self._buffers: list[torch.Tensor] = []
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._buffers: list[torch.Tensor] = []
         self.is_initialized = True
 
     def update(
@@ -50,6 +51,25 @@ class GrowingLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         return self._length
+
+    def branched(self, count: int) -> GrowingLayer:
+        """A layer that holds this one's single sequence `count` times."""
+        layer = GrowingLayer()
+        if self._length:
+            held = [buffer[..., : self._length, :] for buffer in self._buffers]
+            layer.update(*(states.expand(count, -1, -1, -1) for states in held))
+        return layer
+
+    @property
+    def position_bytes(self) -> int:
+        """What one position of one sequence takes."""
+        return sum(b[:1, :, 0].numel() * b.element_size() for b in self._buffers)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these sequences of the batch, in this order."""
+        if self._buffers:
+            chosen = torch.tensor(rows, device=self.device)
+            self._buffers = [buffer.index_select(0, chosen) for buffer in self._buffers]
 
     def crop_to(self, length: int) -> None:
         """Forget everything from position `length` on."""

@@ -27,7 +27,7 @@ import psutil
 from numpy.typing import NDArray
 from PIL import Image
 
-from w2c_tui.backends.turn import Interrupted
+from w2c_tui.backends.turn import MAX_BRANCHES, Interrupted
 from w2c_tui.core.config import CacheType, FlashAttention
 from w2c_tui.core.errors import (
     CheckpointError,
@@ -388,10 +388,12 @@ def num_tokens(units: Sequence[Unit]) -> int:
 
 
 class LanguageModel:
-    """A loaded model with an empty context of one sequence.
+    """A loaded model with an empty context.
 
-    `units` is what the context holds. `cancelled` is asked often during native work, from the
-    thread that runs it; when it says yes, `Interrupted` is raised and the context is as before.
+    `units` is what the context holds: sequence 0. While there are branches, each of them is a
+    sequence that shares the cells of those and has its own for what follows. `cancelled` is asked
+    often during native work, from the thread that runs it; when it says yes, `Interrupted` is
+    raised and the context is as before.
     """
 
     def __init__(
@@ -403,8 +405,10 @@ class LanguageModel:
         self.units: list[Unit] = []
         self.cancelled: Callable[[], bool] = _never
         self._ends: list[int] = []
+        self._branches: list[int] = []
+        self._branch_end = 0
         self._watched = False
-        self._model = self._context = self._batch = None
+        self._model = self._context = self._batch = self._step = None
         # The most likely to be short of memory last; nothing is held if one of them fails.
         try:
             self._load(options, report)
@@ -467,7 +471,9 @@ class LanguageModel:
         params: Any = lib.llama_context_default_params()
         params.n_ctx = min(options.context or self.trained_context, self.trained_context)
         params.n_batch = params.n_ubatch = min(options.batch, params.n_ctx)
-        params.n_seq_max = 1
+        # In other models every sequence would have the memory of its whole state.
+        params.n_seq_max = 1 + MAX_BRANCHES if self.can_rewind else 1
+        params.kv_unified = True
         threads = options.threads or _num_cores()
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = _FLASH_ATTENTION[options.flash_attn]
@@ -501,12 +507,14 @@ class LanguageModel:
         for at in range(self.batch_length):
             self._batch.n_seq_id[at] = 1
             self._batch.seq_id[at][0] = 0
+        self._step = lib.llama_batch_init(MAX_BRANCHES, 0, 1)
 
     def close(self) -> None:
         """Give everything back. What it was used for must be closed before."""
-        if self._batch is not None:
-            lib.llama_batch_free(self._batch)
-            self._batch = None
+        for batch in (self._batch, self._step):
+            if batch is not None:
+                lib.llama_batch_free(batch)
+        self._batch = self._step = None
         if self._context:
             lib.llama_free(self._context)
             self._context = None
@@ -637,12 +645,12 @@ class LanguageModel:
         self._check(lib.llama_decode(self._context, batch))
         self.units += tokens
         self._ends += range(position + 1, position + len(tokens) + 1)
-        return [
-            np.ctypeslib.as_array(
-                lib.llama_get_logits_ith(self._context, at), (self.vocab_size,)
-            ).copy()
-            for at in wanted
-        ]
+        return [self._row(at) for at in wanted]
+
+    def _row(self, at: int) -> NDArray[np.float32]:
+        """The logits of place `at` of the last batch."""
+        logits = lib.llama_get_logits_ith(self._context, at)
+        return np.ctypeslib.as_array(logits, (self.vocab_size,)).copy()
 
     def _decode_image(self, chunk: ImageChunk) -> None:
         assert chunk.features is not None, "features first"
@@ -727,6 +735,48 @@ class LanguageModel:
         del self.units[length:]
         del self._ends[length:]
         return length
+
+    # Branches
+
+    def branch(self, count: int) -> None:
+        """Split the context into `count` branches; it stays as it is itself."""
+        assert self.can_rewind
+        assert not self._branches
+        assert 0 < count <= MAX_BRANCHES
+        self._branches = list(range(1, count + 1))
+        self._branch_end = self._ends[-1]
+        for sequence in self._branches:
+            lib.llama_memory_seq_cp(self._memory, 0, sequence, -1, -1)
+
+    def run_branches(self, tokens: Sequence[int]) -> list[NDArray[np.float32]]:
+        """Append one token to each branch; the logits after them, (V,) each.
+
+        Raises Interrupted, EngineError, with the branches as they were.
+        """
+        batch: Any = self._step
+        batch.n_tokens = len(tokens)
+        for at, (token, sequence) in enumerate(zip(tokens, self._branches, strict=True)):
+            batch.token[at] = token
+            batch.pos[at] = self._branch_end
+            batch.n_seq_id[at] = 1
+            batch.seq_id[at][0] = sequence
+            batch.logits[at] = True
+        _errors.clear()
+        try:
+            self._check(lib.llama_decode(self._context, batch))
+        except BaseException:
+            for sequence in self._branches:
+                lib.llama_memory_seq_rm(self._memory, sequence, self._branch_end, -1)
+            raise
+        self._branch_end += 1
+        return [self._row(at) for at in range(len(tokens))]
+
+    def keep_branches(self, kept: Sequence[int]) -> None:
+        """Give up all branches but those at these places."""
+        remaining = [self._branches[at] for at in kept]
+        for sequence in set(self._branches).difference(remaining):
+            lib.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+        self._branches = remaining
 
 
 # --- the image encoder ---------------------------------------------------------------------------

@@ -150,9 +150,16 @@ class OpenAIBackend:
     # --- answering -------------------------------------------------------------------------------
 
     def stream(
-        self, messages: Sequence[Message], params: GenerationParams, cancelled: Callable[[], bool]
+        self,
+        messages: Sequence[Message],
+        params: GenerationParams,
+        cancelled: Callable[[], bool],
+        ahead: int = 0,
     ) -> Iterator[Event]:
-        """See `Backend.stream`. The server's tokenizer counts, so no `Prefill` can be told."""
+        """See `Backend.stream`. The server's tokenizer counts, so no `Prefill` can be told.
+
+        `ahead` is not used: one answer is asked for at a time.
+        """
         if self._client is None or self._info is None:
             raise EngineError("No model is loaded.", hint="Load one first.")
         params = checked(params)

@@ -1,15 +1,17 @@
 """Answering one turn, as far as no runtime changes it: the order of events, what fits the context,
-which tokens are tried, what of the text counts, what is measured.
+which tokens are tried, what of the text counts, what is measured; and writing several answers to
+one conversation at a time.
 
 Knows nothing about torch or llama.cpp; every backend that computes tokens uses it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Generator, Iterator, Sequence, Set
 from typing import Any, Protocol
 
 import msgspec
@@ -34,6 +36,9 @@ from w2c_tui.core.prompt import image_list
 
 MIN_ROOM = 16
 """Tokens that an answer must have room for, or there is no point in beginning it."""
+MAX_BRANCHES = 8
+"""Answers that are written in lock step. The more there are, the less each further one gains, and
+each has keys and values of its own."""
 
 
 class Interrupted(Exception):
@@ -72,8 +77,11 @@ class Runtime(Protocol):
     """What `answer` needs of a backend.
 
     `can_draft`: tokens can be taken back, so that guesses may be tried. `end_ids` end an answer;
-    `answer_lead` is what the template has the model write first.
+    `answer_lead` is what the template has the model write first. `candidates` is kept here between
+    requests; `answer` sets it, and the runtime forgets it with the model.
     """
+
+    candidates: Candidates | None
 
     @property
     def context_length(self) -> int: ...
@@ -102,6 +110,25 @@ class Runtime(Protocol):
         """Remove the last `count` tokens from the context."""
         ...
 
+    def branch(self, count: int, room: int) -> int:
+        """Split the context into at most `count` branches that can grow by `room` tokens each.
+
+        Returns how many there are: fewer where memory is short, less than 2 where it has none.
+        The context itself stays as it is.
+        """
+        ...
+
+    def extend_branches(self, tokens: Sequence[int]) -> Sequence[Row]:
+        """Append one token to each branch; the logits after each of them.
+
+        Raises Interrupted, with the branches as they were.
+        """
+        ...
+
+    def keep_branches(self, kept: Sequence[int]) -> None:
+        """Go on with the branches at these places among the present ones; none gives them up."""
+        ...
+
     def text_stream(self, prompt: Prompt) -> TextStream:
         """For what follows `prompt`."""
         ...
@@ -111,68 +138,220 @@ class Runtime(Protocol):
         ...
 
 
+class _Writing:
+    """One answer as far as it is written.
+
+    `last` is its newest token, which is not in the context yet; `reason` says why it ended;
+    `pieces` are text that was not given out; `kept_s` are the seconds it was worked on before it
+    was asked for.
+    """
+
+    def __init__(
+        self, runtime: Runtime, prompt: Prompt, params: GenerationParams, seed: int, limit: int
+    ) -> None:
+        goes_on = prompt.messages[-1].role == "assistant"
+        self.seed, self.limit = seed, limit
+        self.pick = TokenPicker(params, seed, prompt.ids)
+        self.last = -1
+        self.num_new = 0
+        self.reason: FinishReason | None = None
+        self.pieces: list[str] = []
+        self.kept_s = 0.0
+        self._end_ids = runtime.end_ids
+        self._text = runtime.text_stream(prompt)
+        self._shown = AnswerText("" if goes_on else runtime.answer_lead, params.stop)
+
+    def take(self, token: int) -> None:
+        """Write `token`, and see whether the answer ends with it."""
+        self.last = token
+        if token in self._end_ids:
+            self.reason = "stop"
+            return
+        self.num_new += 1
+        if piece := self._shown.push(self._text.push(token)):
+            self.pieces.append(piece)
+        if self._shown.stopped:
+            self.reason = "stop"
+        elif self.num_new >= self.limit:
+            self.reason = "length"
+
+    def read(self) -> list[str]:
+        """The text that was not given out yet."""
+        pieces, self.pieces = self.pieces, []
+        return pieces
+
+    def rest(self) -> str:
+        """What was held back, once nothing more comes."""
+        return self._shown.push(self._text.flush()) + self._shown.flush()
+
+
+class Candidates:
+    """Answers to one conversation that differ in their seeds, written in lock step.
+
+    A runtime reads its weights once for a token of each. One of them is given out as it is
+    written; the text of the others is kept until they are asked for.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        asked: Sequence[Message],
+        params: GenerationParams,
+        prompt: Prompt,
+        num_dropped: int,
+    ) -> None:
+        """`prompt` is `asked` without its `num_dropped` oldest messages."""
+        self.prompt, self.num_dropped = prompt, num_dropped
+        self._runtime = runtime
+        self._asked, self._params = list(asked), _without_seed(params)
+        self._waiting: dict[int, _Writing] = {}
+        self._live: list[_Writing] = []
+
+    def begin(self, first: _Writing, others: Sequence[_Writing], row: Row) -> None:
+        """Take the branches' first tokens after `row`; `others` are those to be asked for."""
+        self._waiting = {one.seed: one for one in others}
+        self._live = [first, *others]
+        for one in self._live:
+            one.take(one.pick(row))
+        self._keep([one for one in self._live if one.reason is None])
+
+    def take(self, asked: Sequence[Message], params: GenerationParams) -> _Writing | None:
+        """The answer that was kept for this request, if there is one; it is given out once."""
+        if params.seed is None or list(asked) != self._asked:
+            return None
+        if _without_seed(params) != self._params:
+            return None
+        return self._waiting.pop(params.seed, None)
+
+    def write(
+        self, writing: _Writing, cancelled: Callable[[], bool]
+    ) -> Generator[None, None, None]:
+        """Go on with all of them until `writing` has ended, a step at a time; raises Interrupted.
+
+        The first step is what is there already.
+        """
+        try:
+            yield
+            while writing.reason is None:
+                if cancelled():
+                    raise Interrupted
+                began = time.perf_counter()
+                rows = self._runtime.extend_branches([one.last for one in self._live])
+                for one, row in zip(self._live, rows, strict=True):
+                    one.take(one.pick(row))
+                spent = time.perf_counter() - began
+                for one in self._live:
+                    one.kept_s += spent if one is not writing else 0
+                # With fewer branches the others are faster.
+                self._keep([one for one in self._live if one.reason is None])
+                yield
+        finally:
+            # Whoever asked for it will not ask again, also if it is not finished.
+            self._keep([one for one in self._live if one.reason is None and one is not writing])
+
+    def _keep(self, live: list[_Writing]) -> None:
+        if len(live) < len(self._live):
+            self._runtime.keep_branches([self._live.index(one) for one in live])
+            self._live = live
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing left to ask for."""
+        return not self._waiting
+
+
+def _without_seed(params: GenerationParams) -> GenerationParams:
+    return msgspec.structs.replace(params, seed=None)
+
+
+def forget_candidates(runtime: Runtime) -> None:
+    """Give up what was written ahead, and its memory."""
+    if runtime.candidates is not None:
+        runtime.candidates = None
+        runtime.keep_branches([])
+
+
 def answer(
     runtime: Runtime,
     messages: Sequence[Message],
     params: GenerationParams,
     cancelled: Callable[[], bool],
+    ahead: int = 0,
 ) -> Iterator[Event]:
-    """The events of `Backend.stream` for a runtime that computes tokens."""
+    """The events of `Backend.stream` for a runtime that computes tokens.
+
+    With `ahead`, and where the runtime can branch, that many further answers (at most
+    `MAX_BRANCHES` in all) are written beside this one, and kept for the requests that are to come.
+    Their picks are those of single answers; prompt lookup is off. Of an answer that was kept all of
+    the prompt counts as reused, and its tokens/s are those of the time in which it was written.
+    """
     began = time.perf_counter()
-    seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(4), "big")
-    if not runtime.reads_images:
-        _require_page_text(messages)
-    messages, dropped = fit_context(
-        messages,
-        lambda some: runtime.encode(some).num_tokens,
-        runtime.context_length,
-        params.max_new_tokens,
-    )
+    kept = runtime.candidates
+    writing = kept.take(messages, params) if kept is not None else None
+    if kept is not None and writing is not None:
+        prompt, dropped = kept.prompt, kept.num_dropped
+    else:
+        kept = None
+        forget_candidates(runtime)
+        if not runtime.reads_images:
+            _require_page_text(messages)
+        left, dropped = fit_context(
+            messages,
+            lambda some: runtime.encode(some).num_tokens,
+            runtime.context_length,
+            params.max_new_tokens,
+        )
+        prompt = runtime.encode(left)
+        seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(4), "big")
+        limit = min(params.max_new_tokens, runtime.context_length - prompt.num_tokens)
+        writing = _Writing(runtime, prompt, params, seed, limit)
     if dropped:
         yield Trimmed(dropped, runtime.context_length)
-    prompt = runtime.encode(messages)
-    goes_on = messages[-1].role == "assistant"
-    shown = AnswerText("" if goes_on else runtime.answer_lead, params.stop)
-    text = runtime.text_stream(prompt)
-    limit = min(params.max_new_tokens, runtime.context_length - prompt.num_tokens)
     reused: int | None = None
     first_token_s = 0.0
-    num_new = 0
-    reason: FinishReason = "length"
     try:
         row: Row | None = None
-        for step in runtime.read(prompt):
-            if isinstance(step, Prefill):
-                reused = step.done if reused is None else reused
-                yield step
-            else:
-                row = step
-        assert row is not None
-        pick = TokenPicker(params, seed, prompt.ids)
-        for token in _tokens(runtime, row, pick, params.prompt_lookup, limit, cancelled):
-            if not first_token_s:
-                first_token_s = time.perf_counter() - began
-            if token in runtime.end_ids:
-                reason = "stop"
-                break
-            num_new += 1
-            piece = shown.push(text.push(token))
-            if piece:
-                yield Text(piece)
-            if shown.stopped:
-                reason = "stop"
-                break
-            if num_new >= limit:
-                break
+        if kept is not None:
+            reused = prompt.num_tokens
+            yield Prefill(reused, reused)
+        else:
+            for step in runtime.read(prompt):
+                if isinstance(step, Prefill):
+                    reused = step.done if reused is None else reused
+                    yield step
+                else:
+                    row = step
+            assert row is not None
+            if ahead:
+                kept = _branched(runtime, messages, params, prompt, writing, ahead, row, dropped)
+        steps = (
+            kept.write(writing, cancelled)
+            if kept is not None
+            else _alone(runtime, row, writing, params.prompt_lookup, cancelled)
+        )
+        with contextlib.closing(steps):
+            for _ in steps:
+                first_token_s = first_token_s or time.perf_counter() - began
+                for piece in writing.read():
+                    yield Text(piece)
+                if writing.reason is not None:
+                    break
     except Interrupted:
-        reason = "cancelled"
-    rest = shown.push(text.flush()) + shown.flush()
-    if rest:
+        writing.reason = "cancelled"
+    except Exception:
+        forget_candidates(runtime)
+        raise
+    finally:
+        if kept is not None and kept.is_empty:
+            forget_candidates(runtime)
+    if rest := writing.rest():
         yield Text(rest)
+    assert writing.reason is not None
     total = time.perf_counter() - began
-    decode_s = total - first_token_s
+    num_new = writing.num_new
+    decode_s = writing.kept_s + total - first_token_s
     yield Finished(
-        reason,
+        writing.reason,
         Stats(
             prompt_tokens=prompt.num_tokens,
             reused_tokens=reused or 0,
@@ -183,40 +362,60 @@ def answer(
             peak_memory_bytes=runtime.peak_memory(),
             context_used=prompt.num_tokens + num_new,
             context_length=runtime.context_length,
-            seed=seed,
+            seed=writing.seed,
         ),
     )
 
 
-def _tokens(
+def _branched(
     runtime: Runtime,
+    asked: Sequence[Message],
+    params: GenerationParams,
+    prompt: Prompt,
+    first: _Writing,
+    ahead: int,
     row: Row,
-    pick: TokenPicker,
+    dropped: int,
+) -> Candidates | None:
+    """`first` and what can be written beside it, each with its first token; None if nothing can."""
+    count = runtime.branch(min(1 + ahead, MAX_BRANCHES), first.limit)
+    if count < 2:
+        return None
+    seeds = [(first.seed + number) % 2**63 for number in range(1, count)]
+    others = [_Writing(runtime, prompt, params, seed, first.limit) for seed in seeds]
+    candidates = runtime.candidates = Candidates(runtime, asked, params, prompt, dropped)
+    candidates.begin(first, others, row)
+    return candidates
+
+
+def _alone(
+    runtime: Runtime,
+    row: Row | None,
+    writing: _Writing,
     draft_length: int,
-    limit: int,
     cancelled: Callable[[], bool],
-) -> Iterator[int]:
-    """Token ids one after another, as long as the reader takes them."""
+) -> Generator[None, None, None]:
+    """Write one token after another, as long as the reader goes on."""
+    assert row is not None
+    pick = writing.pick
     lookup = PromptLookup(pick.ids) if draft_length and runtime.can_draft else None
-    begin = len(pick.ids)
-    token = pick(row)
+    writing.take(pick(row))
     while True:
-        yield token
+        yield
         if cancelled():
             raise Interrupted
         draft: list[int] = []
         if lookup is not None:
-            room = min(draft_length, limit - (len(pick.ids) - begin) - 1)
-            draft = lookup.draft(pick.ids, room)
-        rows = runtime.extend([token, *draft])
+            draft = lookup.draft(pick.ids, min(draft_length, writing.limit - writing.num_new - 1))
+        rows = runtime.extend([writing.last, *draft])
         right = 0
         try:
             for at, row in enumerate(rows):
-                token = pick(row)
-                if at == len(draft) or token != draft[at]:
+                writing.take(pick(row))
+                if at == len(draft) or writing.last != draft[at]:
                     break
                 right += 1
-                yield token
+                yield
         finally:
             # Also when the reader leaves in the middle.
             if right < len(draft):

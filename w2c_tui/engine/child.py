@@ -92,7 +92,10 @@ class Engine:
                 if self._backend is None:
                     raise EngineError("No model is loaded.", hint="Load one first.")
                 stream = self._backend.stream(
-                    request.messages, request.params, lambda: ident in self._cancelled
+                    request.messages,
+                    request.params,
+                    lambda: ident in self._cancelled,
+                    request.ahead,
                 )
                 for event in stream:
                     self._reply(wire.Emitted(ident, event))

@@ -62,10 +62,16 @@ class EngineClient:
         self.model = done.info
         return done.info
 
-    def stream(self, messages: Sequence[Message], params: GenerationParams) -> Iterator[Event]:
-        """The answer's events, ending with `Finished`. Leaving the iterator cancels the answer."""
+    def stream(
+        self, messages: Sequence[Message], params: GenerationParams, ahead: int = 0
+    ) -> Iterator[Event]:
+        """The answer's events, ending with `Finished`. Leaving the iterator cancels the answer.
+
+        `ahead`: how many requests for the same with the next seeds will follow, see
+        `Backend.stream`.
+        """
         params = checked(params)
-        replies = self._exchange(lambda number: wire.Stream(number, tuple(messages), params))
+        replies = self._exchange(lambda number: wire.Stream(number, tuple(messages), params, ahead))
         with contextlib.closing(replies):
             for reply in replies:
                 if isinstance(reply, wire.Emitted):

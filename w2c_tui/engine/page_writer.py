@@ -29,20 +29,23 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 def write_page(
-    engine: EngineClient, messages: Sequence[Message], params: GenerationParams
+    engine: EngineClient, messages: Sequence[Message], params: GenerationParams, ahead: int = 0
 ) -> Generator[Event, None, Answer]:
     """The answer's events; returns the answer. Ends it at `</html>`. Raises as `stream` does.
 
-    A last message of the assistant is the beginning of the answer.
+    A last message of the assistant is the beginning of the answer. `ahead` as in `stream`.
     """
     begun = messages[-1].text if messages[-1].role == "assistant" else ""
     raw = [begun]
     ended = False
     finished: Finished | None = None
-    for event in engine.stream(messages, params):
+    for event in engine.stream(messages, params, ahead):
         if isinstance(event, Text):
+            if ended:
+                # An answer that was written ahead comes faster than it can be stopped.
+                continue
             raw.append(event.delta)
-            if not ended and "</html>" in "".join(raw[-8:]).lower():
+            if "</html>" in "".join(raw[-8:]).lower():
                 # Whatever else the model wants to say, it is not the page.
                 ended = True
                 engine.cancel()

@@ -23,9 +23,12 @@ class Load(msgspec.Struct, frozen=True, tag=True):
 
 
 class Stream(msgspec.Struct, frozen=True, tag=True):
+    """Answer the conversation; `ahead` as in `Backend.stream`."""
+
     request: int
     messages: tuple[Message, ...]
     params: GenerationParams
+    ahead: int = 0
 
 
 class ReadText(msgspec.Struct, frozen=True, tag=True):

@@ -1,9 +1,10 @@
 """Better pages for more compute: several candidates, and corrections of what differs.
 
 Owns the loop: ask, render, score, keep the nearest to the screenshot, say what differs, ask again.
-It never returns a page that is farther from the screenshot than the first. Candidates come one
-after another: the prompt with its image is computed once, since the engine keeps it. Knows nothing
-about screens or files.
+It never returns a page that is farther from the screenshot than the first. Candidates are asked
+for one after another, and the engine is told how many will follow: it computes the prompt with its
+image once, and writes the others beside the first where it can. Knows nothing about screens or
+files.
 """
 
 from __future__ import annotations
@@ -143,7 +144,10 @@ def better_pages(
         yield Begun(number, total, kind, seed, tuple(asked))
         try:
             answer = yield from write_page(
-                engine, asked, msgspec.structs.replace(params, seed=seed)
+                engine,
+                asked,
+                msgspec.structs.replace(params, seed=seed),
+                ahead=max(best_of - number, 0),
             )
         except W2CError as error:
             if not tries:
