@@ -27,6 +27,7 @@ import psutil
 from numpy.typing import NDArray
 from PIL import Image
 
+from w2c_tui.backends.free_cores import FreeCores
 from w2c_tui.backends.turn import MAX_BRANCHES, Interrupted
 from w2c_tui.core.config import CacheType, FlashAttention
 from w2c_tui.core.errors import (
@@ -91,6 +92,7 @@ _CACHE_BYTES = {
     "q4_0": 18 / 32,
 }
 _FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
+_MAX_SCORE_BYTES = 512 * 2**20
 _NODES_PER_QUESTION = 8
 """After this many operations of the image encoder it is asked whether to go on."""
 
@@ -408,6 +410,7 @@ class LanguageModel:
         self._branches: list[int] = []
         self._branch_end = 0
         self._watched = False
+        self._free_cores: FreeCores | None = None
         self._model = self._context = self._batch = self._step = None
         # The most likely to be short of memory last; nothing is held if one of them fails.
         try:
@@ -476,13 +479,20 @@ class LanguageModel:
         params.kv_unified = True
         threads = options.threads or _num_cores()
         params.n_threads = params.n_threads_batch = threads
-        params.flash_attn_type = _FLASH_ATTENTION[options.flash_attn]
+        flash_attn = options.flash_attn
+        if flash_attn == "auto" and self._is_exact_cheap(options, params):
+            flash_attn = "off"
+        params.flash_attn_type = _FLASH_ATTENTION[flash_attn]
         params.type_k = params.type_v = CACHE_TYPES[options.cache_type]
         # Whatever is in the context can be taken back to any place, also in models of which some
         # layers see only a window.
         params.swa_full = True
         params.no_perf = True
         self.threads = threads
+        # Who asks for a number gets it. Flash attention adds up in an order that goes by the number
+        # of threads, and the same seed must give the same page whatever else is running.
+        if not options.threads and flash_attn == "off":
+            self._free_cores = FreeCores(threads)
         self._abort = lib.ggml_abort_callback(lambda _: self.cancelled())
         _errors.clear()
         self._context = lib.llama_init_from_model(self._model, params)
@@ -508,6 +518,21 @@ class LanguageModel:
             self._batch.n_seq_id[at] = 1
             self._batch.seq_id[at][0] = 0
         self._step = lib.llama_batch_init(MAX_BRANCHES, 0, 1)
+
+    def _is_exact_cheap(self, options: RuntimeOptions, params: Any) -> bool:
+        """Whether attention without flash attention, which on CPUs adds up values in 16 bit and is
+        no faster there, costs little memory."""
+        on_cpu = not supports_gpus() or options.n_gpu_layers == 0
+        scores = 4 * params.n_ubatch * params.n_ctx * lib.llama_model_n_head(self._model)
+        return on_cpu and options.cache_type == "f16" and scores <= _MAX_SCORE_BYTES
+
+    def _use_free_cores(self) -> None:
+        """Compute with as many threads as other processes leave cores for."""
+        if self._free_cores is not None:
+            threads = self._free_cores.threads()
+            if threads != self.threads:
+                self.threads = threads
+                lib.llama_set_n_threads(self._context, threads, threads)
 
     def close(self) -> None:
         """Give everything back. What it was used for must be closed before."""
@@ -606,6 +631,7 @@ class LanguageModel:
         features. Raises Interrupted, EngineError.
         """
         assert 0 <= keep <= len(units)
+        self._use_free_cores()
         before = len(self.units)
         rows: list[NDArray[np.float32]] = []
         _errors.clear()
@@ -753,6 +779,7 @@ class LanguageModel:
 
         Raises Interrupted, EngineError, with the branches as they were.
         """
+        self._use_free_cores()
         batch: Any = self._step
         batch.n_tokens = len(tokens)
         for at, (token, sequence) in enumerate(zip(tokens, self._branches, strict=True)):
