@@ -399,6 +399,19 @@ class CandidatesContract:
         assert vision.candidates is None
         assert_the_same(at_once(vision, asked, HOT), alone)
 
+    def test_a_candidate_that_is_left_at_once_is_not_written_on(self, text):
+        messages = [user("Write")]
+        alone = one_by_one(text, messages, HOT)
+        flag = threading.Event()
+        for event in text.stream(messages, HOT, flag.is_set, ahead=2):
+            if isinstance(event, Text):
+                flag.set()
+        stream = text.stream(messages, seeded(HOT, 1), lambda: False, ahead=1)
+        assert isinstance(next(stream), Prefill)
+        stream.close()
+        assert [one.seed for one in text.candidates._live] == [9]
+        assert outcome(events(text, messages, seeded(HOT, 2))) == outcome(alone[2])
+
     def test_a_stop_anywhere_in_a_step_loses_nothing(self, vision, asked):
         alone = one_by_one(vision, asked, HOT)
         for patience in (8, 9, 11, 14, 19):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -16,10 +18,12 @@ from tests.backends.contract import (
     finish,
     one_by_one,
     picture,
+    seeded,
     stats,
     text_of,
     user,
 )
+from w2c_tui.backends.base import Text
 from w2c_tui.backends.hf import HFBackend, choose_dtype
 from w2c_tui.backends.kv_cache import GrowingLayer
 from w2c_tui.core.config import GenerationParams, LoadSpec
@@ -236,6 +240,32 @@ def test_quantised_models_write_candidates(tiny_llama, quantization):
     batch = at_once(backend, [user("Write")], HOT)
     assert all(finish(found).reason in ("stop", "length") for found in batch)
     assert len({text_of(found) for found in batch}) == 3
+
+
+def test_a_failure_of_the_model_drops_what_was_kept(tiny_llama):
+    backend = load(tiny_llama)
+    messages = [user("Write")]
+    alone = one_by_one(backend, messages, HOT)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no more")
+
+    for number in (0, 1):
+        if number:
+            # What fails then goes on with what was kept.
+            flag = threading.Event()
+            for event in backend.stream(messages, HOT, flag.is_set, ahead=2):
+                if isinstance(event, Text):
+                    flag.set()
+        stream = backend.stream(messages, seeded(HOT, number), lambda: False, ahead=2 - number)
+        while not isinstance(next(stream), Text):
+            pass
+        hook = backend._model.model.layers[1].register_forward_pre_hook(fail)
+        with pytest.raises(EngineError, match="no more"):
+            list(stream)
+        hook.remove()
+        assert backend.candidates is None
+        assert_the_same(at_once(backend, messages, HOT), alone)
 
 
 def test_loading_and_closing_drop_what_was_kept(tiny_llama):

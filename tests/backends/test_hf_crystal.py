@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.backends.contract import events, picture, stats, text_of, user
+from tests.backends.contract import (
+    HOT,
+    assert_the_same,
+    at_once,
+    events,
+    one_by_one,
+    picture,
+    stats,
+    text_of,
+    user,
+)
 from tests.backends.test_hf import load
 from tests.models import tiny
 from w2c_tui.core.conversation import Message
@@ -61,6 +71,15 @@ def test_turns_answer_as_fresh_runs_do(crystal):
     kept = events(backend, messages)
     assert stats(kept).reused_tokens > 4
     assert text_of(kept) == text_of(events(load(crystal), messages))
+
+
+def test_candidates_written_at_once_are_what_each_seed_gives(crystal):
+    backend = load(crystal)
+    messages = conversation()
+    alone = one_by_one(backend, messages, HOT)
+    batch = at_once(backend, messages, HOT)
+    assert_the_same(batch, alone)
+    assert stats(batch[2]).reused_tokens == stats(batch[2]).prompt_tokens
 
 
 def test_a_conversation_past_its_positions_is_refused_clearly(crystal):

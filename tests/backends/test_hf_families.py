@@ -11,7 +11,19 @@ import torch
 import transformers
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
 
-from tests.backends.contract import GREEDY, events, finish, picture, stats, text_of, user
+from tests.backends.contract import (
+    GREEDY,
+    HOT,
+    assert_the_same,
+    at_once,
+    events,
+    finish,
+    one_by_one,
+    picture,
+    stats,
+    text_of,
+    user,
+)
 from tests.backends.test_hf import load
 from tests.tiny import CHAT_TEMPLATE, byte_level_tokenizer, llama_config, randomize
 from w2c_tui.core.conversation import Message
@@ -128,6 +140,7 @@ def test_sliding_window_attention_equals_generate_far_past_the_window(tmp_path):
         )
         assert ours == backend._tokenizer.decode(output[0, len(ids) :].tolist())
         messages += [Message("assistant", ours), user("and more")]
+    assert_the_same(at_once(backend, messages, HOT), one_by_one(backend, messages, HOT))
 
 
 FAMILIES = {"idefics3": (save_idefics3, True), "gemma3": (save_gemma3, False)}
@@ -196,3 +209,14 @@ def test_stopping_and_going_on_work_without_a_kept_context(family):
     assert whole.startswith(text_of(found))
     assert text_of(events(backend, messages)) == whole
     assert stats(events(backend, messages)).prompt_tokens > 20
+
+
+def test_candidates_written_at_once_are_what_each_seed_gives(family):
+    """Where nothing is kept they are written one after another."""
+    _, backend = family
+    messages = conversations()[1]
+    alone = one_by_one(backend, messages, HOT)
+    batch = at_once(backend, messages, HOT)
+    assert_the_same(batch, alone)
+    total = stats(batch[2]).prompt_tokens
+    assert stats(batch[2]).reused_tokens == (total if backend._incremental else 0)

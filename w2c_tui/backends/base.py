@@ -55,7 +55,11 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True):
-    """Measures of one answer. `reused_tokens` of the prompt were kept from the turn before."""
+    """Measures of one answer. `reused_tokens` of the prompt were kept from the turn before.
+
+    `tokens_per_s` is of the time in which it was written, `total_s` that of its request: an answer
+    that was written beside an earlier one comes at once.
+    """
 
     prompt_tokens: int
     reused_tokens: int

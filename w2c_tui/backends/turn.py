@@ -230,34 +230,33 @@ class Candidates:
 
         The first step is what is there already.
         """
-        try:
+        yield
+        while writing.reason is None:
+            if cancelled():
+                raise Interrupted
+            began = time.perf_counter()
+            rows = self._runtime.extend_branches([one.last for one in self._live])
+            for one, row in zip(self._live, rows, strict=True):
+                one.take(one.pick(row))
+            spent = time.perf_counter() - began
+            for one in self._live:
+                one.kept_s += spent if one is not writing else 0
+            # With fewer branches the others are faster.
+            self._keep([one for one in self._live if one.reason is None])
             yield
-            while writing.reason is None:
-                if cancelled():
-                    raise Interrupted
-                began = time.perf_counter()
-                rows = self._runtime.extend_branches([one.last for one in self._live])
-                for one, row in zip(self._live, rows, strict=True):
-                    one.take(one.pick(row))
-                spent = time.perf_counter() - began
-                for one in self._live:
-                    one.kept_s += spent if one is not writing else 0
-                # With fewer branches the others are faster.
-                self._keep([one for one in self._live if one.reason is None])
-                yield
-        finally:
-            # Whoever asked for it will not ask again, also if it is not finished.
-            self._keep([one for one in self._live if one.reason is None and one is not writing])
+
+    def leave(self, writing: _Writing) -> None:
+        """Go on without `writing`, finished or not: whoever asked for it will not ask again."""
+        if self._runtime.candidates is not self:
+            return
+        self._keep([one for one in self._live if one is not writing])
+        if not self._waiting:
+            forget_candidates(self._runtime)
 
     def _keep(self, live: list[_Writing]) -> None:
         if len(live) < len(self._live):
             self._runtime.keep_branches([self._live.index(one) for one in live])
             self._live = live
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing left to ask for."""
-        return not self._waiting
 
 
 def _without_seed(params: GenerationParams) -> GenerationParams:
@@ -305,11 +304,11 @@ def answer(
         seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(4), "big")
         limit = min(params.max_new_tokens, runtime.context_length - prompt.num_tokens)
         writing = _Writing(runtime, prompt, params, seed, limit)
-    if dropped:
-        yield Trimmed(dropped, runtime.context_length)
     reused: int | None = None
     first_token_s = 0.0
     try:
+        if dropped:
+            yield Trimmed(dropped, runtime.context_length)
         row: Row | None = None
         if kept is not None:
             reused = prompt.num_tokens
@@ -342,8 +341,8 @@ def answer(
         forget_candidates(runtime)
         raise
     finally:
-        if kept is not None and kept.is_empty:
-            forget_candidates(runtime)
+        if kept is not None:
+            kept.leave(writing)
     if rest := writing.rest():
         yield Text(rest)
     assert writing.reason is not None
