@@ -92,7 +92,6 @@ _CACHE_BYTES = {
     "q4_0": 18 / 32,
 }
 _FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
-_MAX_SCORE_BYTES = 512 * 2**20
 _NODES_PER_QUESTION = 8
 """After this many operations of the image encoder it is asked whether to go on."""
 
@@ -479,10 +478,7 @@ class LanguageModel:
         params.kv_unified = True
         threads = options.threads or _num_cores()
         params.n_threads = params.n_threads_batch = threads
-        flash_attn = options.flash_attn
-        if flash_attn == "auto" and self._is_exact_cheap(options, params):
-            flash_attn = "off"
-        params.flash_attn_type = _FLASH_ATTENTION[flash_attn]
+        params.flash_attn_type = _FLASH_ATTENTION[options.flash_attn]
         params.type_k = params.type_v = CACHE_TYPES[options.cache_type]
         # Whatever is in the context can be taken back to any place, also in models of which some
         # layers see only a window.
@@ -491,7 +487,7 @@ class LanguageModel:
         self.threads = threads
         # Who asks for a number gets it. Flash attention adds up in an order that goes by the number
         # of threads, and the same seed must give the same page whatever else is running.
-        if not options.threads and flash_attn == "off":
+        if not options.threads and options.flash_attn == "off":
             self._free_cores = FreeCores(threads)
         self._abort = lib.ggml_abort_callback(lambda _: self.cancelled())
         _errors.clear()
@@ -518,13 +514,6 @@ class LanguageModel:
             self._batch.n_seq_id[at] = 1
             self._batch.seq_id[at][0] = 0
         self._step = lib.llama_batch_init(MAX_BRANCHES, 0, 1)
-
-    def _is_exact_cheap(self, options: RuntimeOptions, params: Any) -> bool:
-        """Whether attention without flash attention, which on CPUs adds up values in 16 bit and is
-        no faster there, costs little memory."""
-        on_cpu = not supports_gpus() or options.n_gpu_layers == 0
-        scores = 4 * params.n_ubatch * params.n_ctx * lib.llama_model_n_head(self._model)
-        return on_cpu and options.cache_type == "f16" and scores <= _MAX_SCORE_BYTES
 
     def _use_free_cores(self) -> None:
         """Compute with as many threads as other processes leave cores for."""
