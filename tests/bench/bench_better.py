@@ -113,9 +113,7 @@ def main() -> None:
     print(f"{'after':<14}  seen   gain    true   gain   seconds a page")
     before: Step | None = None
     for number, column in enumerate(zip(*(rows[page.name] for page in pages), strict=True), 1):
-        now = Step(
-            *(statistics.fmean(getattr(s, f) for s in column) for f in Step.__struct_fields__)
-        )
+        now = Step(*(_mean(column, field) for field in Step.__struct_fields__))
         kind = f"candidate {number}"
         if number > given.best_of:
             kind = f"correction {number - given.best_of}"

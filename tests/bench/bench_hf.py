@@ -38,6 +38,7 @@ from transformers.utils import logging
 from tests.backends.contract import events, picture, stats, user
 from tests.bench.candidates import compare_candidates
 from tests.tiny import byte_level_tokenizer, save_llava
+from w2c_tui.backends.base import ModelInfo
 from w2c_tui.backends.hf import HFBackend
 from w2c_tui.core.config import GenerationParams, LoadSpec, paths
 from w2c_tui.core.conversation import Message
@@ -112,32 +113,38 @@ def theirs(
     return (count - 1) / (last - first)
 
 
-def bench_decode(options: argparse.Namespace) -> None:
+def loaded(given: argparse.Namespace, scratch: Path) -> tuple[HFBackend, str, ModelInfo]:
+    """The model to measure, which never ends an answer by itself, and its name."""
+    name = given.model or str(save_shape(given.shape, scratch))
+    backend = HFBackend()
+    info = backend.load(
+        LoadSpec(name=name, dtype=given.dtype, threads=given.threads), lambda *_: None
+    )
+    print(f"{info.name}: {info.num_parameters / 1e6:.0f}M, {info.dtype}")
+    backend._eos_ids = set()
+    return backend, name, info
+
+
+def bench_decode(given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        name = options.model or str(save_shape(options.shape, Path(scratch)))
-        backend = HFBackend()
-        info = backend.load(
-            LoadSpec(name=name, dtype=options.dtype, threads=options.threads), lambda *_: None
-        )
-        print(f"{info.name}: {info.num_parameters / 1e6:.0f}M, {info.dtype}")
-        backend._eos_ids = set()
+        backend, name, info = loaded(given, Path(scratch))
         dtype = getattr(torch, info.dtype)
         where = locate(name, paths().models, lambda *_: None)
         folder = open_checkpoint(where, cache_dir=paths().models).folder
         plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         plain.generation_config.eos_token_id = None
-        messages = [user("Write a web page about the sea. " * options.prompt)]
+        messages = [user("Write a web page about the sea. " * given.prompt)]
         ratios = []
-        for run in range(options.runs + 1):
-            a = ours(backend, messages, options.tokens)
-            b = theirs(plain, backend, messages, options.tokens)
+        for run in range(given.runs + 1):
+            a = ours(backend, messages, given.tokens)
+            b = theirs(plain, backend, messages, given.tokens)
             if run:
                 ratios.append(a / b)
                 print(f"  ours {a:7.1f} tokens/s   generate {b:7.1f} tokens/s   ratio {a / b:.2f}")
         print(f"decode ratio, median of {len(ratios)}: {statistics.median(ratios):.2f}")
 
 
-def bench_turns(options: argparse.Namespace) -> None:
+def bench_turns(given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = save_llava(
             Path(scratch),
@@ -146,10 +153,10 @@ def bench_turns(options: argparse.Namespace) -> None:
             max_position_embeddings=4096,
         )
         backend = HFBackend()
-        backend.load(LoadSpec(name=str(folder), threads=options.threads), lambda *_: None)
+        backend.load(LoadSpec(name=str(folder), threads=given.threads), lambda *_: None)
         ratios = []
         params = GenerationParams(temperature=0, max_new_tokens=8)
-        for run in range(options.runs + 1):
+        for run in range(given.runs + 1):
             backend._reset_context()
             backend._images.clear()
             image = picture("red", (1280, 900 + run))
@@ -167,18 +174,10 @@ def bench_turns(options: argparse.Namespace) -> None:
         print(f"turn 2 / turn 1, median of {len(ratios)}: {statistics.median(ratios):.3f}")
 
 
-def bench_best_of(options: argparse.Namespace) -> None:
+def bench_best_of(given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        name = options.model or str(save_shape(options.shape, Path(scratch)))
-        backend = HFBackend()
-        info = backend.load(
-            LoadSpec(name=name, dtype=options.dtype, threads=options.threads), lambda *_: None
-        )
-        print(f"{info.name}: {info.num_parameters / 1e6:.0f}M, {info.dtype}")
-        backend._eos_ids = set()
-        compare_candidates(
-            backend, options.candidates, options.tokens, options.prompt, options.runs
-        )
+        backend, _, _ = loaded(given, Path(scratch))
+        compare_candidates(backend, given.candidates, given.tokens, given.prompt, given.runs)
 
 
 def main() -> None:
@@ -192,11 +191,11 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=4, help="repeats of the prompt's sentence")
     parser.add_argument("--candidates", type=int, default=4)
     parser.add_argument("--runs", type=int, default=5)
-    options = parser.parse_args()
+    given = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    run = {"decode": bench_decode, "turns": bench_turns, "best_of": bench_best_of}[options.what]
-    run(options)
+    run = {"decode": bench_decode, "turns": bench_turns, "best_of": bench_best_of}[given.what]
+    run(given)
 
 
 if __name__ == "__main__":
