@@ -4,19 +4,22 @@ python -m tests.bench.bench_data [--workers 2] [--tokenizer FOLDER] [--seconds 1
 
 Samples are loaded, tokenised, prepared and laid into batches for real, once from the screenshots'
 files and once from what `trainer.prepare --store-pixels` stored. The device is not there: a step is
-a pause as long as its FLOPs take at 40 % of the device's peak, by `trainer.arithmetic`. The wait is
-the share of the loop's time in which nothing was ready; the rate is what the loader gives when
-nobody makes it wait.
+a pause as long as its FLOPs take at 40 % of the device's peak, by `trainer.arithmetic`, and a thread
+takes the batches over from the loader's processes, as that which pins memory does where there is a
+device. The wait is the share of the loop's time in which nothing was ready; the rate is what the
+loader gives when nobody makes it wait.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import queue
 import random
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +112,32 @@ def loader(dataset: Dataset, tokens: Tokens, workers: int) -> Any:
     )
 
 
+def taken_over(batches: Iterator[Any], ahead: int) -> Generator[Any]:
+    """`batches`, of which a thread takes up to `ahead` before they are asked for."""
+    ready: queue.Queue[Any] = queue.Queue(ahead)
+    over = threading.Event()
+
+    def take() -> None:
+        for batch in batches:
+            while not over.is_set():
+                try:
+                    ready.put(batch, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if over.is_set():
+                return
+
+    thread = threading.Thread(target=take, daemon=True)
+    thread.start()
+    try:
+        while True:
+            yield ready.get()
+    finally:
+        over.set()
+        thread.join()
+
+
 def waiting(batches: Iterator[Any], step_s: float, seconds: float) -> tuple[float, float]:
     """Samples per second, and the share of the time in which a step had nothing to work on."""
     # The loader fills its queue while the first step is at work, as in training.
@@ -166,7 +195,9 @@ def main() -> None:
         stored = datasets["stored"].meta.pixel_bytes / options.count
         print(f"{options.count} screenshots, {mean:,} tokens, {stored / 1e3:,.0f} KB stored each")
         for name, dataset in datasets.items():
-            batches = iter(loader(dataset, tokens, options.workers))
+            batches = taken_over(
+                iter(loader(dataset, tokens, options.workers)), ahead=2 * options.workers
+            )
             rate, _ = waiting(batches, 0.0, options.seconds)
             print(f"\nfrom {name}: {rate:,.1f} samples/s with {options.workers} workers")
             for size, device in (
@@ -184,7 +215,7 @@ def main() -> None:
                     f"  finetune {size:>4} on one {device:<10} {BATCH / step_s:6.1f} samples/s "
                     f"needed, wait {100 * share:5.1f} % of the time"
                 )
-            del batches
+            batches.close()
 
 
 if __name__ == "__main__":

@@ -30,8 +30,6 @@ from trainer.sources import find_source
 from w2c_tui.core.config import paths
 from w2c_tui.core.locate import locate
 from w2c_tui.core.prompt import V1
-from w2c_tui.models.checkpoint import open_checkpoint
-from w2c_tui.models.tokenize import PromptTokenizer
 
 WORDS = """
 div class container style color padding margin header nav footer button section href alt img src
@@ -84,7 +82,7 @@ class MemoryOf(threading.Thread):
 
     def run(self) -> None:
         me = psutil.Process()
-        while not self._over.wait(0.25):
+        while not self._over.wait(1.0):
             total = 0
             for process in (me, *me.children(recursive=True)):
                 try:
@@ -122,6 +120,10 @@ def load_whole(path: str, results: multiprocessing.Queue) -> None:
 
 
 def main() -> None:
+    # As in the command: worker processes import the main module, and do without torch.
+    from w2c_tui.models.checkpoint import open_checkpoint
+    from w2c_tui.models.tokenize import PromptTokenizer
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--megabytes", type=int, default=400)
     parser.add_argument("--workers", type=int, default=2)

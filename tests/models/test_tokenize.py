@@ -47,6 +47,15 @@ def test_runs_equal_the_tokenizers_own_reading_around_the_image(tokenizer, num_t
     assert second.ids == tokenizer(after).input_ids[adds_bos:]
 
 
+def test_an_encoding_does_not_depend_on_those_before_it(tokenizer):
+    """Prompts are remembered; more of them than there is room for, some more than once."""
+    used = PromptTokenizer(tokenizer, "<image>")
+    for at in [*range(20), *range(20)]:
+        asked = [*conversation(2, str(at), image=at % 2 == 0), Message("user", f"  more {at}\n")]
+        segments = render(asked, V1, for_answer=False)
+        assert used.encode(segments) == PromptTokenizer(tokenizer, "<image>").encode(segments)
+
+
 @pytest.mark.parametrize("num_turns", [1, 3])
 def test_chat_template_ids_equal_apply_chat_template(num_turns):
     tokenizer = byte_level_tokenizer()

@@ -20,6 +20,9 @@ from w2c_tui.core.errors import CheckpointError
 from w2c_tui.core.prompt import ChatTemplate, Segment
 
 
+_MAX_PROMPTS = 16
+
+
 class Tokens(msgspec.Struct, frozen=True):
     """A run of token ids with, for each, whether training takes its loss there."""
 
@@ -67,6 +70,7 @@ class PromptTokenizer:
         state["model"] = unlearned(state["model"], set(self._special))
         self._at_start = self._inside = Tokenizer.from_str(json.dumps(state))
         self._start_ids: list[int] = self._at_start.encode("").ids
+        self._prompts: dict[tuple[str, bool], list[int]] = {}
         if _patch_prepend_scheme(state):
             self._inside = Tokenizer.from_str(json.dumps(state))
         promoted = [_as_special(token) for _, token in self._special.values() if not token.special]
@@ -149,6 +153,13 @@ class PromptTokenizer:
             shift = len(text) - len(kept)
             text, spans = kept, [(start - shift, end - shift) for start, end in spans]
         encoder = self._at_start if at_start else self._inside
+        if not spans:
+            # System prompts are the same for a whole dataset and for every turn.
+            if (known := self._prompts.get((text, at_start))) is None:
+                known = encoder.encode(text, add_special_tokens=False).ids
+                if len(self._prompts) < _MAX_PROMPTS:
+                    self._prompts[text, at_start] = known
+            return known, [False] * len(known)
         encoding = encoder.encode(text, add_special_tokens=False)
         supervised = [False] * len(encoding)
         for start, end in spans:
