@@ -4,8 +4,8 @@ python -m tests.bench.bench_data [--workers 2] [--tokenizer FOLDER] [--seconds 1
 
 Samples are loaded, tokenised, prepared and laid into batches for real, once from the screenshots'
 files and once from what `trainer.prepare --store-pixels` stored. The device is not there: a step is
-a pause as long as its FLOPs take at 40 % of the device's peak, by `trainer.arithmetic`, and a thread
-takes the batches over from the loader's processes, as that which pins memory does where there is a
+a pause as long as its FLOPs take at 40 % of the device's peak, by `trainer.arithmetic`; a thread
+takes batches over from the loader's processes, as the one that pins memory does where there is a
 device. The wait is the share of the loop's time in which nothing was ready; the rate is what the
 loader gives when nobody makes it wait.
 """
@@ -23,6 +23,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Sampler
 from transformers import LlamaConfig, LlavaConfig
@@ -113,12 +114,18 @@ def loader(dataset: Dataset, tokens: Tokens, workers: int) -> Any:
 
 
 def taken_over(batches: Iterator[Any], ahead: int) -> Generator[Any]:
-    """`batches`, of which a thread takes up to `ahead` before they are asked for."""
+    """Copies of `batches`; a thread makes up to `ahead` of them before they are asked for."""
     ready: queue.Queue[Any] = queue.Queue(ahead)
     over = threading.Event()
 
     def take() -> None:
-        for batch in batches:
+        for loaded in batches:
+            batch = {
+                name: value.clone() if isinstance(value, torch.Tensor) else value
+                for name, value in loaded.items()
+            }
+            # The memory that it shared with the loader's process is given back here.
+            del loaded
             while not over.is_set():
                 try:
                     ready.put(batch, timeout=0.1)

@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerBase
 from w2c_tui.core.errors import CheckpointError
 from w2c_tui.core.prompt import ChatTemplate, Segment
 
-
 _MAX_PROMPTS = 16
 
 

@@ -681,10 +681,12 @@ async def _fonts(tab: _Tab) -> dict[str, str]:
     return found
 
 
-def _view(png: str, layout: dict[str, Any], page_height: int, job: _Job) -> View:
-    picture = picture_from_png(base64.b64decode(png))
+def _view(screenshot: str, layout: dict[str, Any], page_height: int, job: _Job) -> View:
+    png = base64.b64decode(screenshot)
+    picture = picture_from_png(png)
     return View(
         picture=picture,
+        png=png,
         lines=snapshot.lines_of(layout, picture.size),
         tree=snapshot.tree_of(layout),
         page_height=page_height,

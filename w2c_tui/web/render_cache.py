@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import os
 from collections.abc import Iterable
 from functools import cached_property
@@ -62,10 +61,9 @@ class RenderCache:
             self.num_found += 1
             return found
         made = self.renderer.render(page)
-        picture = io.BytesIO()
-        made.picture.save(picture, "PNG", compress_level=1)
+        assert made.png is not None, "the browser's own, which costs nothing to keep"
         kept = _Kept(
-            picture=picture.getvalue(),
+            picture=made.png,
             lines=made.lines,
             tree=made.tree,
             page_height=made.page_height,
@@ -123,6 +121,7 @@ class RenderCache:
             os.utime(path)
         return View(
             picture=picture,
+            png=kept.picture,
             lines=kept.lines,
             tree=kept.tree,
             page_height=kept.page_height,

@@ -40,13 +40,15 @@ class Tree(NamedTuple):
 class View(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """A page as it is seen.
 
-    `picture` is RGB. `lines` is None when nobody read the text, `tree` when there is no HTML.
+    `picture` is RGB, and `png` the file that it was read from, if any. `lines` is None when nobody
+    read the text, `tree` when there is no HTML.
     `page_height` is the whole page's height in pixels, of which the picture may show less.
     `refused` counts what the page asked for and did not get: network, files outside of its folder.
     `asked` are the paths inside of its folder that it asked for, whether they exist or not.
     """
 
     picture: Image.Image
+    png: bytes | None = None
     lines: tuple[Line, ...] | None = None
     tree: Tree | None = None
     page_height: int = 0
