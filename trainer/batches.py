@@ -7,7 +7,7 @@ other devices see the same steps) and the layout of a batch. Knows nothing about
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -25,6 +25,9 @@ from w2c_tui.core.conversation import Message
 from w2c_tui.core.image import ImageSpec, normalised
 from w2c_tui.core.prompt import AnyTemplate
 from w2c_tui.models.tokenize import PromptTokenizer
+
+if TYPE_CHECKING:
+    from trainer.model import Parts
 
 
 class Example(msgspec.Struct, frozen=True):
@@ -99,6 +102,19 @@ class TrainingSet(Dataset[Example]):
         pictures = self.prepared.pictures(index, self._image) if encoded.images else []
         pixels = [normalised(each, self._image) for each in pictures[: len(encoded.images)]]
         return Example(record, encoded, pixels)
+
+
+def examples_of(prepared: Prepared, parts: Parts, recipe: Recipe) -> TrainingSet:
+    """The examples that a run of `recipe` sees."""
+    return TrainingSet(
+        prepared,
+        tokenizer=parts.tokenizer,
+        template=parts.template,
+        image=parts.image,
+        image_token_id=parts.image_token_id,
+        tokens_per_image=parts.tokens_per_image,
+        max_length=recipe.max_length,
+    )
 
 
 # --- The order of samples -------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
@@ -35,6 +36,12 @@ NUM_IMAGES_OPENED = 100
 NUM_TRUNCATED_READ = 2000
 USABLE_MEMORY = 0.97
 """Share of a device's memory that a process can get."""
+NUM_LOADED, LOADING_S = 64, 3.0
+"""Samples that are loaded to see how fast that goes, and the time after which it is known."""
+MOST_WAITING = 0.02
+READY_SHARE = 0.8
+"""The share of its time that a device may wait for data, and that of the rate at which data loads
+which it may take, before a warning."""
 
 
 class Line(msgspec.Struct, frozen=True):
@@ -436,6 +443,7 @@ def _cost(
         "time", f"{flops:.3g} FLOP in all, {flops / num_samples / 1e12:.3g} TFLOP per sample"
     )
     device: Device | None = cluster.device
+    needed = None
     if device is not None:
         seconds = flops / (cluster.count * device.bf16_flops * mfu)
         yield Line(
@@ -443,6 +451,65 @@ def _cost(
             f"{_duration(seconds)} on {cluster.count} x {device.name} at {100 * mfu:g} % MFU, "
             f"{num_samples / seconds / cluster.count:,.2f} samples/s per device",
         )
+        needed = num_samples / seconds / cluster.count
+    if dataset is not None:
+        yield from _loading(recipe, parts, dataset, needed)
+
+
+def _loading(
+    recipe: Recipe, parts: Parts, dataset: Dataset, needed: float | None
+) -> Iterator[Line]:
+    """How fast samples load, for a device that takes `needed` in a second."""
+    from trainer.batches import examples_of
+
+    examples = examples_of(dataset, parts, recipe)
+
+    def load(row: int) -> None:
+        if recipe.cache_features:
+            # Then pictures are opened once, before the first step.
+            _encoded(recipe, parts, dataset.record(row))
+        else:
+            _ = examples[row]
+
+    # Sources may differ much, so that neither the first ones nor those of one length would do.
+    rows = np.random.default_rng(0).permutation(len(dataset))[: NUM_LOADED + 1].tolist()
+    loaded = 0
+    try:
+        # What is done once, such as opening files, does not count.
+        load(rows.pop())
+        began = monotonic()
+        for row in rows:
+            load(row)
+            loaded += 1
+            if monotonic() - began > LOADING_S:
+                break
+    except W2CError:
+        # Was named with the data.
+        return
+    rate = loaded / max(monotonic() - began, 1e-9) * max(recipe.workers, 1)
+    if not loaded:
+        return
+    by = f"{recipe.workers} process(es)" if recipe.workers else "the training process itself"
+    text = f"data loads at {rate:,.1f} samples/s per device, by {by} of a machine like this one"
+    if needed is None:
+        yield Line("time", text)
+        return
+    # Without processes of its own loading is never done beside a step.
+    share = max(0.0, 1 - rate / needed) if recipe.workers else needed / (needed + rate)
+    if share < MOST_WAITING and (not recipe.workers or needed <= READY_SHARE * rate):
+        yield Line("time", text)
+        return
+    remedies = []
+    if dataset.modality.any() and dataset.meta.pixels is None and not recipe.cache_features:
+        remedies.append("Prepare the data with --store-pixels, which decodes screenshots once.")
+    remedies.append("Raise --workers where there are cores for them.")
+    yield Line(
+        "time",
+        f"{text}, which is {100 * rate / needed:,.0f} % of what the device takes: it waits "
+        f"{100 * share:,.0f} % of the time",
+        "warning",
+        " ".join(remedies),
+    )
 
 
 def _memory(plan: MemoryPlan, tokens_at_once: int, cluster: Cluster) -> Iterator[Line]:

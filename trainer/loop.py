@@ -31,7 +31,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import SCHEDULER_NAME
 
 from trainer.arithmetic import bf16_slowdown_on_cpu, disk_plan, peak_flops, training_flops
-from trainer.batches import Collator, StepSampler, TrainingSet
+from trainer.batches import Collator, StepSampler, TrainingSet, examples_of
 from trainer.dataset import open_dataset, tokenizer_hash
 from trainer.features import cached_features
 from trainer.model import Parts, add_adapters, build, describe, rehearse_writing, write_result
@@ -61,15 +61,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path | None:
     prepared.check_measured(
         tokenizer_hash(parts.tokenizer), recipe.template, parts.tokens_per_image
     )
-    training_set = TrainingSet(
-        prepared,
-        tokenizer=parts.tokenizer,
-        template=parts.template,
-        image=parts.image,
-        image_token_id=parts.image_token_id,
-        tokens_per_image=parts.tokens_per_image,
-        max_length=recipe.max_length,
-    )
+    training_set = examples_of(prepared, parts, recipe)
     folder = RunFolder(recipe, prepared.fingerprint)
     folder.check(resume=resume)
     # Counted now, as ZeRO-3 takes over how models are made, and on a copy, as models change theirs.

@@ -113,6 +113,20 @@ def test_steps_and_micro_batches_are_those_of_the_run(prepared):
     assert padded.tokens_at_once >= load.tokens_at_once
 
 
+def test_a_device_that_would_wait_for_its_data_is_named(finetune, capsys):
+    """A tiny model on a large device is done before the next page is decoded."""
+    status, output = checked(capsys, *finetune, "--devices", "1xH200", "--workers", "2")
+    assert status == 0, output
+    assert re.search(r"by 2 process\(es\) .* it waits (9\d|100) % of the time", output)
+    assert "--store-pixels" in output
+    _, cached = checked(capsys, *finetune, "--devices", "1xH200", "--cache-features")
+    assert "Raise --workers" in cached
+    assert "--store-pixels" not in cached
+    _, alone = checked(capsys, *finetune)
+    assert "data loads at" in alone
+    assert "it waits" not in alone
+
+
 def test_a_7b_model_is_checked_without_weights_or_memory(crystal_7b, tmp_path, capsys):
     data = tmp_path / "data"
     path = write_json(
@@ -128,6 +142,8 @@ def test_a_7b_model_is_checked_without_weights_or_memory(crystal_7b, tmp_path, c
     assert "vision tower: 303.51 M parameters" in output
     assert "fits A100-40GB" in output
     assert "at 40 % MFU" in output
+    assert "data loads at" in output
+    assert "of the time" not in output
     status, output = checked(capsys, *arguments, "--devices", "1xA100-40GB")
     assert status == 1
     assert "does not fit A100-40GB" in output
