@@ -1,8 +1,10 @@
 """How good the bundled model is on pages that it was not trained on, and whether it looks at them.
 
-python -m tests.bench.bench_nano --pages 20
+python -m tests.bench.bench_nano --pages 20 --out DIR
+python -m tests.bench.bench_nano --pages 40 --real FOLDER --out DIR
 
-Composed pages of a seed that training does not use; every page counts, failures as 0. The rows:
+Composed pages of a seed that training does not use, or real sections that `trainer.pages.real`
+wrote to FOLDER, evenly spread; every page counts, failures as 0. The rows:
 
 - nano-hf, nano-f16, nano-q8_0: the model through transformers and through GGUF files
 - nano-zeroed, nano-shuffled: its picture grey, and that of another page, under the right text
@@ -25,7 +27,7 @@ import msgspec
 from PIL import Image
 
 from trainer.pages.caption import colors_of
-from trainer.pages.write import Plan, make_pages, read_pages
+from trainer.pages.write import Made, Plan, make_pages, read_pages
 from w2c_tui.core.colors import distance, rgb
 from w2c_tui.core.config import GenerationParams, LoadSpec, RenderSettings, paths
 from w2c_tui.core.conversation import Attachment
@@ -47,17 +49,28 @@ VARIANTS = (
 
 
 def composed_pages(out: Path, count: int, renderer: Renderer) -> list[Page]:
-    """`count` held-out pages as NAME.png beside NAME.html in `out`/pages."""
+    """`count` held-out pages in `out`/pages."""
     plan = Plan(seed=HELD_OUT_SEED, widths=(1280, 1440, 1024, 768), inline_share=0.0)
     # Some come out too tall and are left out.
     made_at = out / "made"
     make_pages(made_at, plan, count + 4 + count // 20, renderer, lambda *_: None)
-    folder = out / "pages"
-    folder.mkdir(exist_ok=True)
     whole = sorted((m for m in read_pages(made_at) if m.image), key=lambda m: m.index)[:count]
-    for made in whole:
+    return _pairs(whole, made_at, out / "pages")
+
+
+def real_sections(out: Path, count: int, folder: Path) -> list[Page]:
+    """`count` of the sections in `folder`, evenly spread, in `out`/pages."""
+    found = [made for made in read_pages(folder) if made.image]
+    chosen = [found[at * len(found) // count] for at in range(min(count, len(found)))]
+    return _pairs(chosen, folder, out / "pages")
+
+
+def _pairs(pages: Sequence[Made], source: Path, folder: Path) -> list[Page]:
+    """NAME.png beside NAME.html in `folder` for each of `pages`, whose pictures are in `source`."""
+    folder.mkdir(exist_ok=True)
+    for made in pages:
         (folder / f"{made.index:04}.html").write_text(made.html, encoding="utf-8")
-        (folder / f"{made.index:04}.png").write_bytes((made_at / str(made.image)).read_bytes())
+        (folder / f"{made.index:04}.png").write_bytes((source / str(made.image)).read_bytes())
     return load_pages(folder)
 
 
@@ -134,6 +147,7 @@ def right_colors(pages: Sequence[Page], written: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pages", type=int, default=20)
+    parser.add_argument("--real", type=Path, metavar="FOLDER", help="Real sections instead.")
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--out", type=Path, required=True, help="A folder; what is there stays.")
@@ -143,14 +157,18 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     print(f"{'':<16}score  text   color  valid  colours  seconds a page  tokens")
     with Renderer(RenderSettings(timeout_s=120)) as renderer:
-        pages = composed_pages(given.out, given.pages, renderer)
+        pages = (
+            real_sections(given.out, given.pages, given.real)
+            if given.real
+            else composed_pages(given.out, given.pages, renderer)
+        )
         for variant in given.variants.split(","):
             folder = given.out / variant
             run = Run(
                 benchmark="wcgb",
                 model=variant,
                 backend="",
-                data=str(HELD_OUT_SEED),
+                data=str(given.real or HELD_OUT_SEED),
                 params={"temperature": given.temperature},
             )
             with (
