@@ -92,7 +92,7 @@ def test_the_release_that_is_asked_for_is_the_one_that_is_installed_with_the_pro
     import tomllib
     from pathlib import Path
 
-    from w2c_tui.backends.llama import VERSION
+    from w2c_tui.backends.llama_library import VERSION
 
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
     assert f"llama-cpp-python=={VERSION}" in project["project"]["optional-dependencies"]["gguf"]

@@ -35,17 +35,11 @@ from tests.export.models import CLIP, save_family, save_llava
 from tests.export.models import FAMILIES as TEXT_FAMILIES
 from tests.tiny import hostile_texts
 from w2c_tui.backends.gguf import GGUFBackend, GGUFTokenizer, plan_placement
+from w2c_tui.backends.gguf_header import GGUFHeader
 from w2c_tui.backends.hf import HFBackend
-from w2c_tui.backends.llama import (
-    GGUFHeader,
-    ImageChunk,
-    ImageEncoder,
-    LanguageModel,
-    RuntimeOptions,
-    class_token_is_first,
-    lib,
-    mtmd,
-)
+from w2c_tui.backends.image_encoder import ImageEncoder, class_token_is_first
+from w2c_tui.backends.llama import ImageChunk, LanguageModel, RuntimeOptions
+from w2c_tui.backends.llama_library import lib, mtmd
 from w2c_tui.backends.turn import Interrupted
 from w2c_tui.core.config import ExportSpec, GenerationParams, LoadSpec
 from w2c_tui.core.conversation import Message

@@ -12,7 +12,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from tests.export import models
-from w2c_tui.backends.llama import GGUFHeader, ImageEncoder, LanguageModel, RuntimeOptions
+from w2c_tui.backends.gguf_header import GGUFHeader
+from w2c_tui.backends.image_encoder import ImageEncoder
+from w2c_tui.backends.llama import LanguageModel, RuntimeOptions
 from w2c_tui.core.config import ExportSpec
 from w2c_tui.core.errors import CheckpointError
 from w2c_tui.core.image import pixel_values

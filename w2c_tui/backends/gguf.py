@@ -21,18 +21,10 @@ from typing import Any
 import msgspec
 
 from w2c_tui.backends.base import Event, ModelInfo, Prefill, Report
-from w2c_tui.backends.llama import (
-    VERSION,
-    GGUFHeader,
-    ImageChunk,
-    ImageEncoder,
-    LanguageModel,
-    RuntimeOptions,
-    Unit,
-    check_belongs,
-    num_tokens,
-    supports_gpus,
-)
+from w2c_tui.backends.gguf_header import GGUFHeader
+from w2c_tui.backends.image_encoder import ImageEncoder, check_belongs
+from w2c_tui.backends.llama import ImageChunk, LanguageModel, RuntimeOptions, Unit, num_tokens
+from w2c_tui.backends.llama_library import VERSION, supports_gpus
 from w2c_tui.backends.turn import Candidates, Prompt, Row, answer, resident_peak
 from w2c_tui.core.config import DeviceShare, GenerationParams, LoadSpec, checked, paths
 from w2c_tui.core.conversation import Attachment, Hints, Message

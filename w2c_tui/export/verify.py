@@ -25,15 +25,9 @@ from PIL import Image, ImageDraw
 from transformers import LlavaConfig
 
 from w2c_tui.backends.gguf import GGUFTokenizer
-from w2c_tui.backends.llama import (
-    GGUFHeader,
-    ImageChunk,
-    ImageEncoder,
-    LanguageModel,
-    RuntimeOptions,
-    Unit,
-    class_token_is_first,
-)
+from w2c_tui.backends.gguf_header import GGUFHeader
+from w2c_tui.backends.image_encoder import ImageEncoder, class_token_is_first
+from w2c_tui.backends.llama import ImageChunk, LanguageModel, RuntimeOptions, Unit
 from w2c_tui.core.config import ExportSpec
 from w2c_tui.core.conversation import Attachment, Message
 from w2c_tui.core.errors import CheckpointError
