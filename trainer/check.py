@@ -39,9 +39,7 @@ USABLE_MEMORY = 0.97
 NUM_LOADED, LOADING_S = 64, 3.0
 """Samples that are loaded to see how fast that goes, and the time after which it is known."""
 MOST_WAITING = 0.02
-READY_SHARE = 0.8
-"""The share of its time that a device may wait for data, and that of the rate at which data loads
-which it may take, before a warning."""
+"""The share of its time that a device may wait for data without a warning."""
 
 
 class Line(msgspec.Struct, frozen=True):
@@ -486,9 +484,9 @@ def _loading(
     except W2CError:
         # Was named with the data.
         return
-    rate = loaded / max(monotonic() - began, 1e-9) * max(recipe.workers, 1)
     if not loaded:
         return
+    rate = loaded / (monotonic() - began) * max(recipe.workers, 1)
     by = f"{recipe.workers} process(es)" if recipe.workers else "the training process itself"
     text = f"data loads at {rate:,.1f} samples/s per device, by {by} of a machine like this one"
     if needed is None:
@@ -496,7 +494,7 @@ def _loading(
         return
     # Without processes of its own loading is never done beside a step.
     share = max(0.0, 1 - rate / needed) if recipe.workers else needed / (needed + rate)
-    if share < MOST_WAITING and (not recipe.workers or needed <= READY_SHARE * rate):
+    if share < MOST_WAITING:
         yield Line("time", text)
         return
     remedies = []

@@ -181,8 +181,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=48)
     parser.add_argument("--seconds", type=float, default=12.0)
     parser.add_argument("--tokenizer", help="a folder with config.json and a tokenizer")
-    options = parser.parse_args()
-    model = options.tokenizer or locate("smollm2-135m", paths().models, lambda *_: None)
+    given = parser.parse_args()
+    model = given.tokenizer or locate("smollm2-135m", paths().models, lambda *_: None)
     tokens = Tokens(
         tokenizer=PromptTokenizer(open_checkpoint(model, weights=False).tokenizer),
         tokenizer_name=str(model),
@@ -191,7 +191,7 @@ def main() -> None:
         max_length=2048,
     )
     with tempfile.TemporaryDirectory() as scratch:
-        path = write_source(Path(scratch), options.count)
+        path = write_source(Path(scratch), given.count)
         sources = (find_source("pages", path),)
         datasets = {}
         for name, pixels in (("files", None), ("stored", SPEC)):
@@ -199,14 +199,14 @@ def main() -> None:
             prepare(job, Path(scratch) / name, progress=False)
             datasets[name] = open_dataset(Path(scratch) / name)
         mean = int(datasets["files"].lengths.mean())
-        stored = datasets["stored"].meta.pixel_bytes / options.count
-        print(f"{options.count} screenshots, {mean:,} tokens, {stored / 1e3:,.0f} KB stored each")
+        stored = datasets["stored"].meta.pixel_bytes / given.count
+        print(f"{given.count} screenshots, {mean:,} tokens, {stored / 1e3:,.0f} KB stored each")
         for name, dataset in datasets.items():
             batches = taken_over(
-                iter(loader(dataset, tokens, options.workers)), ahead=2 * options.workers
+                iter(loader(dataset, tokens, given.workers)), ahead=2 * given.workers
             )
-            rate, _ = waiting(batches, 0.0, options.seconds)
-            print(f"\nfrom {name}: {rate:,.1f} samples/s with {options.workers} workers")
+            rate, _ = waiting(batches, 0.0, given.seconds)
+            print(f"\nfrom {name}: {rate:,.1f} samples/s with {given.workers} workers")
             for size, device in (
                 ("7B", "A100-40GB"),
                 ("7B", "H200"),
@@ -217,7 +217,7 @@ def main() -> None:
                     config_of(size), mean * BATCH, BATCH, "finetune", num_samples=BATCH
                 )
                 step_s = flops / (0.4 * DEVICES[device].bf16_flops)
-                _, share = waiting(batches, step_s, max(options.seconds, 4 * step_s))
+                _, share = waiting(batches, step_s, max(given.seconds, 4 * step_s))
                 print(
                     f"  finetune {size:>4} on one {device:<10} {BATCH / step_s:6.1f} samples/s "
                     f"needed, wait {100 * share:5.1f} % of the time"

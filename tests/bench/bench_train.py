@@ -35,7 +35,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from trainer.batches import TrainingSet
+from trainer.batches import examples_of
 from trainer.dataset import open_dataset
 from trainer.loop import train
 from trainer.model import build, describe
@@ -138,15 +138,7 @@ def plain_trainer(recipe: Recipe) -> float:
     """Supervised tokens/s of transformers' Trainer on batches padded to their longest sample."""
     parts = describe(recipe)
     model = build(recipe, parts)
-    training_set = TrainingSet(
-        open_dataset(recipe.data),
-        tokenizer=parts.tokenizer,
-        template=parts.template,
-        image=parts.image,
-        image_token_id=parts.image_token_id,
-        tokens_per_image=parts.tokens_per_image,
-        max_length=recipe.max_length,
-    )
+    training_set = examples_of(open_dataset(recipe.data), parts, recipe)
     supervised: list[int] = []
 
     def collate(examples):

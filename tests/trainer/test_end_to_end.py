@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.trainer.conftest import QUESTION, page
-from trainer.batches import TrainingSet
+from trainer.batches import examples_of
 from trainer.dataset import open_dataset
 from trainer.loop import train
 from trainer.model import describe
@@ -78,15 +78,7 @@ def test_training_and_inference_feed_the_model_the_same_ids_and_pixels(
     data = prepared("pages", "finetune")
     recipe = resolve("debug", "finetune", flags={"model": str(trained)})
     parts = describe(recipe)
-    training_set = TrainingSet(
-        open_dataset(data),
-        tokenizer=parts.tokenizer,
-        template=parts.template,
-        image=parts.image,
-        image_token_id=parts.image_token_id,
-        tokens_per_image=parts.tokens_per_image,
-        max_length=recipe.max_length,
-    )
+    training_set = examples_of(open_dataset(data), parts, recipe)
     backend = HFBackend()
     backend.load(LoadSpec(name=str(trained), dtype="float32"), lambda *_: None)
     try:

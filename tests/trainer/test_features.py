@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.trainer.conftest import launch, losses
-from trainer.batches import Collator, TrainingSet
+from trainer.batches import Collator, examples_of
 from trainer.dataset import open_dataset
 from trainer.features import cached_features, projector_input
 from trainer.model import build, describe
@@ -51,15 +51,7 @@ def test_loss_and_gradients_are_those_with_pixels(name, rows, data):
         model = build(recipe, parts)
         attention = attention_for(model, recipe)
         model.model.language_model.set_attn_implementation(attention)
-        training_set = TrainingSet(
-            data,
-            tokenizer=parts.tokenizer,
-            template=parts.template,
-            image=parts.image,
-            image_token_id=parts.image_token_id,
-            tokens_per_image=parts.tokens_per_image,
-            max_length=recipe.max_length,
-        )
+        training_set = examples_of(data, parts, recipe)
         if kind == "features":
             training_set.features = pickle.loads(pickle.dumps(cached(data, model, parts)))
         collate = Collator(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from trainer import objective as objective_module
-from trainer.batches import Collator, TrainingSet
+from trainer.batches import Collator, examples_of
 from trainer.dataset import open_dataset
 from trainer.model import build, describe
 from trainer.objective import Objective, SupervisedHead, attention_for
@@ -19,15 +19,7 @@ def set_up(data, **changes):
     recipe = msgspec.structs.replace(named("debug", "finetune"), **changes)
     parts = describe(recipe)
     model = build(recipe, parts)
-    training_set = TrainingSet(
-        open_dataset(data),
-        tokenizer=parts.tokenizer,
-        template=parts.template,
-        image=parts.image,
-        image_token_id=parts.image_token_id,
-        tokens_per_image=parts.tokens_per_image,
-        max_length=recipe.max_length,
-    )
+    training_set = examples_of(open_dataset(data), parts, recipe)
     return recipe, parts, model, training_set
 
 

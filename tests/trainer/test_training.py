@@ -29,7 +29,7 @@ from transformers import (
 
 from tests.trainer.conftest import launch, losses
 from trainer import tiny
-from trainer.batches import TrainingSet
+from trainer.batches import examples_of
 from trainer.dataset import open_dataset
 from trainer.loop import start_processes, train, zero_config
 from trainer.model import add_adapters, build, describe
@@ -88,15 +88,7 @@ def test_a_step_is_a_step_of_plain_adamw(prepared, tmp_path, stage, per_device_b
     )
     parts = describe(recipe)
     model = build(recipe, parts).train()
-    training_set = TrainingSet(
-        open_dataset(data),
-        tokenizer=parts.tokenizer,
-        template=parts.template,
-        image=parts.image,
-        image_token_id=parts.image_token_id,
-        tokens_per_image=parts.tokens_per_image,
-        max_length=recipe.max_length,
-    )
+    training_set = examples_of(open_dataset(data), parts, recipe)
     summed, count = torch.zeros(()), 0
     for at in range(8):
         example = training_set[at]

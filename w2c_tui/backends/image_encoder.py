@@ -11,7 +11,6 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import msgspec
@@ -23,6 +22,7 @@ from w2c_tui.backends.gguf_header import GGUFHeader
 from w2c_tui.backends.llama import ImageChunk, LanguageModel, RuntimeOptions, Unit
 from w2c_tui.backends.llama_library import (
     FLASH_ATTENTION,
+    Closing,
     Report,
     forget_errors,
     lib,
@@ -49,7 +49,7 @@ _OUTPUTS = {
 }
 
 
-class ImageEncoder:
+class ImageEncoder(Closing):
     """An mmproj file loaded beside the language model it belongs to.
 
     Files that this project exported say how pictures are prepared (`image_spec`) and where the
@@ -60,7 +60,7 @@ class ImageEncoder:
         self,
         path: Path,
         model: LanguageModel,
-        options: RuntimeOptions,
+        runtime: RuntimeOptions,
         report: Report = lambda *_: None,
     ) -> None:
         """Raises CheckpointError if the file is no image encoder or not the one of `model`."""
@@ -76,11 +76,11 @@ class ImageEncoder:
         self._asked = 0
         self._question = lib.ggml_backend_sched_eval_callback(self._go_on)
         params: Any = mtmd.mtmd_context_params_default()
-        params.use_gpu = options.n_gpu_layers != 0
+        params.use_gpu = runtime.n_gpu_layers != 0
         params.print_timings = False
         params.warmup = False
         params.n_threads = model.threads
-        params.flash_attn_type = FLASH_ATTENTION[options.flash_attn]
+        params.flash_attn_type = FLASH_ATTENTION[runtime.flash_attn]
         params.cb_eval = self._question
         with reporting(report, f"Loading {path.name}", path.stat().st_size) as callback:
             params.progress_callback = mtmd.mtmd_progress_callback(callback)
@@ -105,17 +105,6 @@ class ImageEncoder:
         if self._native:
             mtmd.mtmd_free(self._native)
             self._native = None
-
-    def __enter__(self) -> ImageEncoder:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _must_roll(self, model: LanguageModel) -> bool:
         layout = self.header.text("w2c.clip_layout")

@@ -70,6 +70,8 @@ class GrowingLayer(DynamicLayer):
         if self._buffers:
             chosen = torch.tensor(rows, device=self.device)
             self._buffers = [buffer.index_select(0, chosen) for buffer in self._buffers]
+            # Or these would hold on to all sequences until the layer's next turn.
+            self.keys, self.values = (b[..., : self._length, :] for b in self._buffers)
 
     def crop_to(self, length: int) -> None:
         """Forget everything from position `length` on."""

@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -25,6 +24,7 @@ from w2c_tui.backends.gguf_header import GGUFHeader
 from w2c_tui.backends.llama_library import (
     FLASH_ATTENTION,
     VERSION,
+    Closing,
     Report,
     forget_errors,
     lib,
@@ -127,7 +127,7 @@ def num_tokens(units: Sequence[Unit]) -> int:
     return sum(1 if isinstance(unit, int) else unit.num_tokens for unit in units)
 
 
-class LanguageModel:
+class LanguageModel(Closing):
     """A loaded model with an empty context.
 
     `units` is what the context holds: sequence 0. While there are branches, each of them is a
@@ -137,7 +137,7 @@ class LanguageModel:
     """
 
     def __init__(
-        self, path: Path, options: RuntimeOptions, report: Report = lambda *_: None
+        self, path: Path, runtime: RuntimeOptions, report: Report = lambda *_: None
     ) -> None:
         """Raises CheckpointError for a file that cannot be run, OutOfMemoryError, EngineError."""
         self.path = path
@@ -152,20 +152,20 @@ class LanguageModel:
         self._model = self._context = self._batch = self._step = None
         # The most likely to be short of memory last; nothing is held if one of them fails.
         try:
-            self._load(options, report)
-            self._open_context(options)
+            self._load(runtime, report)
+            self._open_context(runtime)
         except BaseException:
             self.close()
             raise
 
-    def _load(self, options: RuntimeOptions, report: Report) -> None:
+    def _load(self, runtime: RuntimeOptions, report: Report) -> None:
         params: Any = lib.llama_model_default_params()
-        params.n_gpu_layers = options.n_gpu_layers
-        shares = (ctypes.c_float * max(lib.llama_max_devices(), 1))(*options.tensor_split)
-        if options.tensor_split:
+        params.n_gpu_layers = runtime.n_gpu_layers
+        shares = (ctypes.c_float * max(lib.llama_max_devices(), 1))(*runtime.tensor_split)
+        if runtime.tensor_split:
             params.tensor_split = shares
-        if options.main_gpu is not None:
-            params.main_gpu, params.split_mode = options.main_gpu, 0
+        if runtime.main_gpu is not None:
+            params.main_gpu, params.split_mode = runtime.main_gpu, 0
         with reporting(report, f"Loading {self.path.name}", self.path.stat().st_size) as callback:
             params.progress_callback = lib.llama_progress_callback(callback)
             forget_errors()
@@ -208,17 +208,17 @@ class LanguageModel:
             hint="Download or export it again, or use the model's own checkpoint.",
         )
 
-    def _open_context(self, options: RuntimeOptions) -> None:
+    def _open_context(self, runtime: RuntimeOptions) -> None:
         params: Any = lib.llama_context_default_params()
-        params.n_ctx = min(options.context or self.trained_context, self.trained_context)
-        params.n_batch = params.n_ubatch = min(options.batch, params.n_ctx)
+        params.n_ctx = min(runtime.context or self.trained_context, self.trained_context)
+        params.n_batch = params.n_ubatch = min(runtime.batch, params.n_ctx)
         # In other models every sequence would have the memory of its whole state.
         params.n_seq_max = 1 + MAX_BRANCHES if self.can_rewind else 1
         params.kv_unified = True
-        threads = options.threads or _num_cores()
+        threads = runtime.threads or _num_cores()
         params.n_threads = params.n_threads_batch = threads
-        params.flash_attn_type = FLASH_ATTENTION[options.flash_attn]
-        params.type_k = params.type_v = CACHE_TYPES[options.cache_type]
+        params.flash_attn_type = FLASH_ATTENTION[runtime.flash_attn]
+        params.type_k = params.type_v = CACHE_TYPES[runtime.cache_type]
         # Whatever is in the context can be taken back to any place, also in models of which some
         # layers see only a window.
         params.swa_full = True
@@ -226,17 +226,17 @@ class LanguageModel:
         self.threads = threads
         # Who asks for a number gets it. Flash attention adds up in an order that goes by the number
         # of threads, and the same seed must give the same page whatever else is running.
-        if not options.threads and options.flash_attn == "off":
+        if not runtime.threads and runtime.flash_attn == "off":
             self._free_cores = FreeCores(threads)
         self._abort = lib.ggml_abort_callback(lambda _: self.cancelled())
         forget_errors()
         self._context = lib.llama_init_from_model(self._model, params)
         if not self._context:
             said = what_it_said()
-            size = self.header.cache_bytes(options.cache_type) * params.n_ctx
+            size = self.header.cache_bytes(runtime.cache_type) * params.n_ctx
             if "flash_attn" in said:
                 raise EngineError(
-                    f"A {options.cache_type} cache needs flash attention{said}.",
+                    f"A {runtime.cache_type} cache needs flash attention{said}.",
                     hint="Use --flash-attn on, or --cache-type f16.",
                 )
             raise OutOfMemoryError(
@@ -274,17 +274,6 @@ class LanguageModel:
         if self._model:
             lib.llama_model_free(self._model)
             self._model = None
-
-    def __enter__(self) -> LanguageModel:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def native_model(self) -> Any:

@@ -12,7 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from w2c_tui.core.errors import MissingPackageError
 
@@ -46,6 +46,7 @@ if llama_cpp.__version__ != VERSION:
 __all__ = [
     "FLASH_ATTENTION",
     "VERSION",
+    "Closing",
     "Report",
     "forget_errors",
     "ggml",
@@ -120,6 +121,19 @@ def text_of(value: bytes | None) -> str:
 def supports_gpus() -> bool:
     """Whether this build of llama.cpp can put layers on GPUs."""
     return bool(lib.llama_supports_gpu_offload())
+
+
+class Closing:
+    """Something native that is given back by `close`, at the latest at the end of a `with`."""
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 @contextlib.contextmanager

@@ -166,7 +166,7 @@ class Run:
             info = load_model(engine, self.settings)
             with interrupt_cancels(engine) as self.interrupted:
                 for at, (image, target) in enumerate(jobs, 1):
-                    if engine.pid is None:
+                    if not engine.is_ready:
                         info = load_model(engine, self.settings)
                     counter = f"[{at}/{total}] " if total > 1 else ""
                     try:
@@ -224,6 +224,10 @@ class Run:
                 answer = self._best(
                     engine, info, attachment, messages, params, outcome, progress, tries
                 )
+        if answer.reason == "cancelled":
+            # A fragment would be taken for the page: by people, and by the next run.
+            outcome.error = "Stopped before the page was whole."
+            return outcome
         page = answer.page
         outcome.finish_reason = answer.reason
         outcome.stats = answer.stats
@@ -285,6 +289,9 @@ class Run:
                 progress.say(f"{progress.part}: {step.error or f'score {step.score:.3f}'}")
             else:
                 progress.take(step)
+        if tries[0].answer is not None and tries[0].answer.reason == "cancelled":
+            # Only of the first one what there is was looked at; nothing of it is kept.
+            return tries[0].answer
         best = best_try(tries) or tries[0]
         outcome.score = round(best.score, 4)
         outcome.tries = [

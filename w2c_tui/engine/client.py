@@ -53,6 +53,11 @@ class EngineClient:
         process = self._process
         return process.popen.pid if process is not None and process.alive else None
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether a model is loaded in a living process; after a crash there is none."""
+        return self.pid is not None and self.model is not None
+
     def load(self, spec: LoadSpec, report: Report | None = None) -> ModelInfo:
         """Load a model, starting the process if need be; `report` hears of the progress."""
         spec = checked(spec)

@@ -71,7 +71,7 @@ class Asker:
 
     def _begin(self, number: int) -> GenerationParams:
         self._check()
-        if self.engine.pid is None:
+        if not self.engine.is_ready:
             self._load()
         return msgspec.structs.replace(self._params, seed=(self._params.seed or 0) + number)
 

@@ -20,6 +20,7 @@ from w2c_tui.core.errors import CheckpointError
 from w2c_tui.core.prompt import ChatTemplate, Segment
 
 _MAX_PROMPTS = 16
+"""Runs without an answer in them that are remembered: the first ones, such as the system prompt."""
 
 
 class Tokens(msgspec.Struct, frozen=True):

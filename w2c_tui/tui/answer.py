@@ -176,6 +176,10 @@ class Answer:
             case Trimmed():
                 self.trimmed = event
 
+    def written(self) -> None:
+        """On the same thread: the engine is done with it, and what it does next is another's."""
+        self._engine = None
+
     def finish(self, reason: FinishReason, event: Finished | None) -> None:
         """It is over, with the measures of `event`."""
         stats = msgspec.structs.asdict(event.stats) if event is not None else {}

@@ -72,11 +72,14 @@ class BetterRun:
     def cancel(self) -> None:
         """End it soon; what there is stays."""
         self._stopped = True
-        if self._answer is not None:
-            self._answer.cancel()
+        # Once, as the other thread may be done with it in between.
+        answer = self._answer
+        if answer is not None:
+            answer.cancel()
 
     def stopped(self) -> bool:
-        return self._stopped or (self._answer is not None and self._answer.stopping)
+        answer = self._answer
+        return self._stopped or (answer is not None and answer.stopping)
 
     def run(self, engine: EngineClient, store: Store, pages: Pages, info: ModelInfo) -> None:
         """Raises nothing: a failure ends up in `error`."""
@@ -132,6 +135,7 @@ class BetterRun:
             elif self._answer is not None:
                 if isinstance(event, Finished):
                     finished = event
+                    self._answer.written()
                 else:
                     self._answer.take(event, engine)
         if self._answer is not None:

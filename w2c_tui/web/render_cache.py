@@ -61,7 +61,7 @@ class RenderCache:
             self.num_found += 1
             return found
         made = self.renderer.render(page)
-        assert made.png is not None, "the browser's own, which costs nothing to keep"
+        assert made.png is not None  # the browser always sends one
         kept = _Kept(
             picture=made.png,
             lines=made.lines,
