@@ -293,6 +293,9 @@ def test_cache_is_branched_and_branches_are_selected():
     got = branched.update(*new)
     assert torch.equal(got[0][2], torch.cat([keys[0, :, :290], new[0, 2]], dim=-2))
     branched.select([0, 2])
+    # Nothing holds on to the sequence that was dropped.
+    assert len(branched.keys) == len(branched.values) == 2
+    assert torch.equal(branched.keys[1, :, :290], keys[0, :, :290])
     newer = torch.randn(2, 2, 2, 1, 4)
     got = branched.update(*newer)
     assert torch.equal(got[1][1], torch.cat([values[0, :, :290], new[1, 2], newer[1, 1]], dim=-2))

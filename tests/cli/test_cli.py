@@ -15,6 +15,12 @@ import pytest
 from PIL import Image
 
 from tests.tiny import PAGE
+from w2c_tui.backends.base import Text
+from w2c_tui.cli.generate import Run
+from w2c_tui.core.config import GenerationParams, LoadSpec, RenderSettings, Settings
+from w2c_tui.core.prompt import PAGE_PROMPT
+from w2c_tui.engine.client import EngineClient
+from w2c_tui.web.render import Renderer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -186,6 +192,44 @@ def test_ctrl_c_stops_writes_nothing_and_leaves_no_process(shots, tiny_llava, ow
     assert not list(own_folders.glob(".*page*"))
     _, alive = psutil.wait_procs(children, timeout=5)
     assert not alive
+
+
+class StoppedInTheMiddle(EngineClient):
+    """Is told to stop when the page has begun, before the engine can write its end."""
+
+    def stream(self, messages, params, ahead=0):
+        written = ""
+        for event in super().stream(messages, params, ahead):
+            written += event.delta if isinstance(event, Text) else ""
+            if written.startswith("<!DOCTYPE html>"):
+                os.kill(self.pid, signal.SIGSTOP)
+                self.cancel()
+                os.kill(self.pid, signal.SIGCONT)
+                written = ""
+            yield event
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
+@pytest.mark.parametrize("best_of", [1, 2])
+def test_a_page_that_was_stopped_in_the_middle_is_not_kept(
+    best_of, shots, page_writer, own_folders
+):
+    params = GenerationParams(temperature=0.1, seed=0, max_new_tokens=120)
+    model = LoadSpec(name=str(page_writer), dtype="float32", threads=1)
+    run = Run(Settings(model=model, generation=params), PAGE_PROMPT, False, best_of)
+    out = own_folders / "page.html"
+    out.write_text("a good one")
+    with (
+        StoppedInTheMiddle(own_folders / "engine.log") as engine,
+        Renderer(RenderSettings(timeout_s=60)) as renderer,
+    ):
+        run.renderer = renderer if best_of > 1 else None
+        info = engine.load(model)
+        outcome = run.one(engine, info, str(shots / "one.png"), out, "")
+    assert outcome.finish_reason == "cancelled"
+    assert outcome.status == "failed"
+    assert out.read_text() == "a good one"
+    assert sorted(path.name for path in own_folders.glob("page*")) == ["page.html"]
 
 
 def test_chat_answers_over_turns_from_a_pipe(shots, flags, own_folders):

@@ -224,14 +224,14 @@ class Run:
                 answer = self._best(
                     engine, info, attachment, messages, params, outcome, progress, tries
                 )
-        if answer.reason == "cancelled":
-            # A fragment would be taken for the page: by people, and by the next run.
-            outcome.error = "Stopped before the page was whole."
-            return outcome
         page = answer.page
         outcome.finish_reason = answer.reason
         outcome.stats = answer.stats
         outcome.complete = answer.reason == "stop"
+        if answer.reason == "cancelled":
+            # A fragment would be taken for the page: by people, and by the next run.
+            outcome.error = "Stopped before the page was whole."
+            return outcome
         if page is None:
             start = " ".join(answer.text.split())[:80]
             outcome.error = f"The answer holds no page: {start!r}."
