@@ -15,6 +15,7 @@ from tests.backends.test_hf_families import save_idefics3
 from tests.tiny import PAGE
 from tests.tui.conftest import wait_until
 from tests.tui.scripted import STATS
+from w2c_tui.backends.base import Text
 from w2c_tui.core.config import GenerationParams, paths
 from w2c_tui.core.context_cost import Meter
 from w2c_tui.core.conversation import Message, TextLine
@@ -22,6 +23,7 @@ from w2c_tui.core.errors import RenderError
 from w2c_tui.core.image import attachment_from_bytes
 from w2c_tui.core.prompt import PAGE_PROMPT
 from w2c_tui.core.versions import Versions, keep_answer, screenshot_above
+from w2c_tui.tui.answer import Answer
 from w2c_tui.tui.app import W2CApp
 from w2c_tui.tui.picture import HalfCells
 
@@ -333,6 +335,23 @@ async def test_tries_are_stopped_with_escape_and_the_best_stays(
         answer = store.branch(store.sessions()[0].id)[-1]
         assert (answer.status, answer.finish_reason) == ("partial", "cancelled")
         assert answer.text
+
+
+def test_a_try_that_is_being_looked_at_stops_no_other_answer(store, shared_engine, slow_settings):
+    """While it is rendered the engine may write for another session."""
+    session = store.create_session("m")
+    store.add_message(session.id, Message("user", "Question"))
+    writer = store.begin_answer(session.id, model="m")
+    one = Answer(writer, store.message(writer.message_id))
+    shared_engine.load(slow_settings.model)
+    params = GenerationParams(temperature=0.0, max_new_tokens=30)
+    events = shared_engine.stream([Message("user", "Write")], params)
+    one.take(Text("some"), shared_engine)
+    one.written()
+    next(events)
+    one.cancel()
+    assert list(events)[-1].reason == "length"
+    one.finish("cancelled", None)
 
 
 async def test_the_session_is_live_in_the_browser(start, store, slow_settings, monkeypatch):
