@@ -35,6 +35,12 @@ async def wait_until(pilot, condition, timeout_s=60.0):
     raise AssertionError(f"waited {timeout_s} s in vain")
 
 
+def shows_ready(app):
+    """Whether the model is loaded and the screen says so: it is told a moment later."""
+    lines = app.screen.query("#status")
+    return app.model_state == "ready" and not any("loading" in str(s.content) for s in lines)
+
+
 @pytest.fixture(scope="session")
 def shared_engine(tmp_path_factory):
     """One engine process for all tests: starting one takes seconds."""
@@ -99,7 +105,7 @@ def start(own_folders, store, settings, shared_engine):
         app = W2CApp(chosen, paths(), sessions, engine=engine, **options)
         async with app.run_test(size=size) as pilot:
             if loaded:
-                await wait_until(pilot, lambda: app.model_state == "ready", 60)
+                await wait_until(pilot, lambda: shows_ready(app), 60)
             yield pilot
             await wait_until(pilot, lambda: not app.answers)
 
