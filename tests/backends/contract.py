@@ -8,6 +8,7 @@ model that is deterministic in greedy decoding; `fresh` makes another one with t
 from __future__ import annotations
 
 import io
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -45,8 +46,9 @@ def events(
     params: GenerationParams = GREEDY,
     cancelled: Callable[[], bool] = lambda: False,
     ahead: int = 0,
+    until: str = "",
 ) -> list[Event]:
-    return list(backend.stream(messages, params, cancelled, ahead))
+    return list(backend.stream(messages, params, cancelled, ahead, until))
 
 
 def text_of(found: Sequence[Event]) -> str:
@@ -141,6 +143,26 @@ class BackendContract:
             found = events(text, [user("Write a page")], params)
             assert text_of(found) == whole[: whole.index(stop)]
             assert finish(found).reason == "stop"
+
+    def test_an_answer_ends_with_the_text_it_was_asked_for_until(self, text):
+        whole = text_of(events(text, [user("Code?")], GREEDY))
+        for start, length in ((0, 1), (3, 4), (6, 9)):
+            until = whole[start : start + length].swapcase()
+            end = re.search(re.escape(until), whole, re.I).end()
+            found = events(text, [user("Code?")], GREEDY, until=until)
+            assert text_of(found) == whole[:end]
+            assert finish(found).reason == "stop"
+        never = events(text, [user("Code?")], GREEDY, until=whole + "more")
+        assert text_of(never) == whole
+        assert finish(never).reason == finish(events(text, [user("Code?")], GREEDY)).reason
+
+    def test_what_ends_an_answer_may_begin_in_what_it_goes_on_from(self, text):
+        begun = [user("Code?"), Message("assistant", "<p>Prices</p")]
+        first = text_of(events(text, begun, GREEDY))[0]
+        found = events(text, begun, GREEDY, until=f"Prices</p{first}")
+        assert text_of(found) == first
+        # What was there already does not end it.
+        assert len(text_of(events(text, begun, GREEDY, until="prices"))) > 1
 
     def test_text_held_back_for_a_stop_string_is_shown_in_the_end(self, text):
         whole = text_of(events(text, [user("Write a page")]))
@@ -399,18 +421,45 @@ class CandidatesContract:
         assert vision.candidates is None
         assert_the_same(at_once(vision, asked, HOT), alone)
 
-    def test_a_candidate_that_is_left_at_once_is_not_written_on(self, text):
+    @pytest.mark.parametrize("number", [0, 1])
+    @pytest.mark.parametrize("leave", ["cancel", "close"])
+    def test_who_leaves_one_candidate_leaves_them_all(self, text, number, leave):
         messages = [user("Write")]
         alone = one_by_one(text, messages, HOT)
+        until = text_of(alone[0])[:8]
+        for before in range(number):
+            events(text, messages, seeded(HOT, before), ahead=2 - before, until=until)
+            assert text.candidates is not None
         flag = threading.Event()
-        for event in text.stream(messages, HOT, flag.is_set, ahead=2):
-            if isinstance(event, Text):
-                flag.set()
-        stream = text.stream(messages, seeded(HOT, 1), lambda: False, ahead=1)
-        assert isinstance(next(stream), Prefill)
-        stream.close()
-        assert [one.seed for one in text.candidates._live] == [9]
+        stream = text.stream(messages, seeded(HOT, number), flag.is_set, 2 - number, until)
+        next(event for event in stream if isinstance(event, Text))
+        if leave == "cancel":
+            flag.set()
+            assert list(stream)[-1].reason == "cancelled"
+        else:
+            stream.close()
+        assert text.candidates is None
         assert outcome(events(text, messages, seeded(HOT, 2))) == outcome(alone[2])
+
+    def test_candidates_end_at_a_text_where_single_answers_do(self, text):
+        messages = [user("Write a page")]
+        whole = [text_of(events(text, messages, seeded(HOT, n))) for n in range(3)]
+        for at in range(3):
+            until = whole[at][4:7]
+            alone = [events(text, messages, seeded(HOT, n), until=until) for n in range(3)]
+            assert text_of(alone[at]).endswith(until)
+            assert len({stats(found).new_tokens for found in alone}) > 1
+            batch = [
+                events(text, messages, seeded(HOT, n), ahead=2 - n, until=until) for n in range(3)
+            ]
+            assert_the_same(batch, alone)
+            reused = [stats(found).reused_tokens for found in batch[1:]]
+            assert reused == [stats(found).prompt_tokens for found in batch[1:]]
+        # One that was kept for another end is not given out.
+        events(text, messages, HOT, ahead=1, until=whole[1][4:7])
+        assert_the_same(
+            [events(text, messages, seeded(HOT, 1))], one_by_one(text, messages, HOT)[1:2]
+        )
 
     def test_a_stop_anywhere_in_a_step_loses_nothing(self, vision, asked):
         alone = one_by_one(vision, asked, HOT)

@@ -197,9 +197,9 @@ def test_ctrl_c_stops_writes_nothing_and_leaves_no_process(shots, tiny_llava, ow
 class StoppedInTheMiddle(EngineClient):
     """Is told to stop when the page has begun, before the engine can write its end."""
 
-    def stream(self, messages, params, ahead=0):
+    def stream(self, messages, params, ahead=0, until=""):
         written = ""
-        for event in super().stream(messages, params, ahead):
+        for event in super().stream(messages, params, ahead, until):
             written += event.delta if isinstance(event, Text) else ""
             if written.startswith("<!DOCTYPE html>"):
                 os.kill(self.pid, signal.SIGSTOP)

@@ -67,7 +67,8 @@ class ScriptedEngine(EngineClient):
         self.error = error
         self._cancelled = threading.Event()
         self.asked: list[Message] = []
-        """What the last answer was asked with."""
+        self.until = ""
+        """The last request."""
 
     @property
     def pid(self) -> int | None:
@@ -81,9 +82,13 @@ class ScriptedEngine(EngineClient):
         self._cancelled.set()
 
     def stream(
-        self, messages: Sequence[Message], params: GenerationParams, ahead: int = 0
+        self,
+        messages: Sequence[Message],
+        params: GenerationParams,
+        ahead: int = 0,
+        until: str = "",
     ) -> Iterator[Event]:
-        self.asked = list(messages)
+        self.asked, self.until = list(messages), until
         yield Prefill(10, 10)
         began = time.monotonic()
         for number, at in enumerate(range(0, len(self._text), 4)):

@@ -121,12 +121,15 @@ class Backend(Protocol):
         params: GenerationParams,
         cancelled: Callable[[], bool],
         ahead: int = 0,
+        until: str = "",
     ) -> Iterator[Event]:
         """Answer the conversation; the last event is Finished.
 
         `ahead`: how many requests for the same will follow, with the seeds that come after this
         one (modulo 2**63). A backend may write those answers beside this one, and must give each
-        what it would be alone; any other request drops them.
+        what it would be alone; any other request drops them, and so does leaving an answer.
+
+        `until`: the answer is over when it holds this text, in capitals or not, and ends with it.
 
         `cancelled` is asked often; once it is true the stream ends with reason "cancelled" within
         half a second and what was computed stays usable.

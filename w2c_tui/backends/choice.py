@@ -1,4 +1,4 @@
-"""Which backend runs a model. Knows nothing about how they do it."""
+"""Which backend runs a model, and what is known before. Knows nothing about how they do it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Literal
 
 import msgspec
 
+from w2c_tui.core.catalog import find
 from w2c_tui.core.config import LoadSpec
 from w2c_tui.core.errors import ConfigError
 from w2c_tui.core.locate import names_gguf
@@ -64,6 +65,12 @@ def choose_backend(spec: LoadSpec) -> Literal["hf", "gguf", "openai"]:
     # Who asks for what only llama.cpp has is told how to install it.
     installed = importlib.util.find_spec("llama_cpp") is not None
     return "gguf" if installed or for_gguf else "hf"
+
+
+def knows_pages(spec: LoadSpec) -> bool:
+    """False where the model of `spec` is known not to have learnt to write pages."""
+    entry = None if choose_backend(spec) == "openai" else find(spec.name)
+    return entry is None or entry.knows_pages
 
 
 def _given(spec: LoadSpec, names: dict[str, str]) -> list[str]:

@@ -308,6 +308,7 @@ class GGUFBackend:
         params: GenerationParams,
         cancelled: Callable[[], bool],
         ahead: int = 0,
+        until: str = "",
     ) -> Iterator[Event]:
         """See `Backend.stream`."""
         model = self._model
@@ -318,7 +319,7 @@ class GGUFBackend:
         if self._encoder is not None:
             self._encoder.cancelled = cancelled
         try:
-            yield from answer(self, messages, params, cancelled, ahead)
+            yield from answer(self, messages, params, cancelled, ahead, until)
         finally:
             model.cancelled = _never
             if self._encoder is not None:

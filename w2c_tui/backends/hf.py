@@ -425,6 +425,7 @@ class HFBackend:
         params: GenerationParams,
         cancelled: Callable[[], bool],
         ahead: int = 0,
+        until: str = "",
     ) -> Iterator[Event]:
         """See `Backend.stream`."""
         if self._loaded is None:
@@ -433,7 +434,7 @@ class HFBackend:
         self._cancelled = cancelled
         try:
             with _library_errors():
-                yield from answer(self, messages, params, cancelled, ahead)
+                yield from answer(self, messages, params, cancelled, ahead, until)
         finally:
             self._cancelled = _never
             self._settle()

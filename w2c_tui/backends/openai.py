@@ -155,6 +155,7 @@ class OpenAIBackend:
         params: GenerationParams,
         cancelled: Callable[[], bool],
         ahead: int = 0,
+        until: str = "",
     ) -> Iterator[Event]:
         """See `Backend.stream`. The server's tokenizer counts, so no `Prefill` can be told.
 
@@ -188,18 +189,19 @@ class OpenAIBackend:
                 messages, dropped = fewer, dropped + 2
         if dropped:
             yield Trimmed(dropped, self._info.context_length)
-        yield from self._answer(reply, params, cancelled, began, seed)
+        begun = messages[-1].text if messages[-1].role == "assistant" else ""
+        text = AnswerText("", params.stop, until, begun)
+        yield from self._answer(reply, text, cancelled, began, seed)
 
     def _answer(
         self,
         reply: _Reply,
-        params: GenerationParams,
+        answer: AnswerText,
         cancelled: Callable[[], bool],
         began: float,
         seed: int,
     ) -> Iterator[Event]:
         assert self._info is not None
-        answer = AnswerText("", params.stop)
         reason: FinishReason | None = None
         first_token_s = 0.0
         num_pieces = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence, Set
@@ -138,6 +139,18 @@ class Runtime(Protocol):
         ...
 
 
+class Request(msgspec.Struct, frozen=True):
+    """What `Backend.stream` was asked for."""
+
+    messages: tuple[Message, ...]
+    params: GenerationParams
+    until: str
+
+    def of_any_seed(self) -> Request:
+        params = msgspec.structs.replace(self.params, seed=None)
+        return msgspec.structs.replace(self, params=params)
+
+
 class _Writing:
     """One answer as far as it is written.
 
@@ -147,9 +160,16 @@ class _Writing:
     """
 
     def __init__(
-        self, runtime: Runtime, prompt: Prompt, params: GenerationParams, seed: int, limit: int
+        self,
+        runtime: Runtime,
+        prompt: Prompt,
+        params: GenerationParams,
+        seed: int,
+        limit: int,
+        until: str,
     ) -> None:
-        goes_on = prompt.messages[-1].role == "assistant"
+        latest = prompt.messages[-1]
+        begun = latest.text if latest.role == "assistant" else None
         self.seed, self.limit = seed, limit
         self.pick = TokenPicker(params, seed, prompt.ids)
         self.last = -1
@@ -159,7 +179,8 @@ class _Writing:
         self.kept_s = 0.0
         self._end_ids = runtime.end_ids
         self._text = runtime.text_stream(prompt)
-        self._shown = AnswerText("" if goes_on else runtime.answer_lead, params.stop)
+        lead = runtime.answer_lead if begun is None else ""
+        self._shown = AnswerText(lead, params.stop, until, begun or "")
 
     def take(self, token: int) -> None:
         """Write `token`, and see whether the answer ends with it."""
@@ -195,15 +216,14 @@ class Candidates:
     def __init__(
         self,
         runtime: Runtime,
-        asked: Sequence[Message],
-        params: GenerationParams,
+        request: Request,
         prompt: Prompt,
         num_dropped: int,
     ) -> None:
-        """`prompt` is `asked` without its `num_dropped` oldest messages."""
+        """`prompt` is the request's conversation without its `num_dropped` oldest messages."""
         self.prompt, self.num_dropped = prompt, num_dropped
         self._runtime = runtime
-        self._asked, self._params = list(asked), _without_seed(params)
+        self._request = request.of_any_seed()
         self._waiting: dict[int, _Writing] = {}
         self._live: list[_Writing] = []
 
@@ -215,13 +235,12 @@ class Candidates:
             one.take(one.pick(row))
         self._keep([one for one in self._live if one.reason is None])
 
-    def take(self, asked: Sequence[Message], params: GenerationParams) -> _Writing | None:
+    def take(self, request: Request) -> _Writing | None:
         """The answer that was kept for this request, if there is one; it is given out once."""
-        if params.seed is None or list(asked) != self._asked:
+        seed = request.params.seed
+        if seed is None or request.of_any_seed() != self._request:
             return None
-        if _without_seed(params) != self._params:
-            return None
-        return self._waiting.pop(params.seed, None)
+        return self._waiting.pop(seed, None)
 
     def write(
         self, writing: _Writing, cancelled: Callable[[], bool]
@@ -245,11 +264,8 @@ class Candidates:
             self._keep([one for one in self._live if one.reason is None])
             yield
 
-    def leave(self, writing: _Writing) -> None:
-        """Go on without `writing`, finished or not: whoever asked for it will not ask again."""
-        if self._runtime.candidates is not self:
-            return
-        self._keep([one for one in self._live if one is not writing])
+    def given_out(self) -> None:
+        """One of them was, whole; the others are waited for."""
         if not self._waiting:
             forget_candidates(self._runtime)
 
@@ -257,10 +273,6 @@ class Candidates:
         if len(live) < len(self._live):
             self._runtime.keep_branches([self._live.index(one) for one in live])
             self._live = live
-
-
-def _without_seed(params: GenerationParams) -> GenerationParams:
-    return msgspec.structs.replace(params, seed=None)
 
 
 def forget_candidates(runtime: Runtime) -> None:
@@ -276,6 +288,7 @@ def answer(
     params: GenerationParams,
     cancelled: Callable[[], bool],
     ahead: int = 0,
+    until: str = "",
 ) -> Iterator[Event]:
     """The events of `Backend.stream` for a runtime that computes tokens.
 
@@ -283,10 +296,12 @@ def answer(
     `MAX_BRANCHES` in all) are written beside this one, and kept for the requests that are to come.
     Their picks are those of single answers; prompt lookup is off. Of an answer that was kept all of
     the prompt counts as reused, and its tokens/s are those of the time in which it was written.
+    Whoever leaves one of them in the middle does not want the others either.
     """
     began = time.perf_counter()
+    request = Request(tuple(messages), params, until)
     kept = runtime.candidates
-    writing = kept.take(messages, params) if kept is not None else None
+    writing = kept.take(request) if kept is not None else None
     if kept is not None and writing is not None:
         prompt, dropped = kept.prompt, kept.num_dropped
     else:
@@ -303,7 +318,7 @@ def answer(
         prompt = runtime.encode(left)
         seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(4), "big")
         limit = min(params.max_new_tokens, runtime.context_length - prompt.num_tokens)
-        writing = _Writing(runtime, prompt, params, seed, limit)
+        writing = _Writing(runtime, prompt, params, seed, limit, until)
     reused: int | None = None
     first_token_s = 0.0
     try:
@@ -322,7 +337,7 @@ def answer(
                     row = step
             assert row is not None
             if ahead:
-                kept = _branched(runtime, messages, params, prompt, writing, ahead, row, dropped)
+                kept = _branched(runtime, request, prompt, writing, ahead, row, dropped)
         steps = (
             kept.write(writing, cancelled)
             if kept is not None
@@ -337,12 +352,13 @@ def answer(
                     break
     except Interrupted:
         writing.reason = "cancelled"
-    except Exception:
+        forget_candidates(runtime)
+    except BaseException:
+        # Also where the reader goes away.
         forget_candidates(runtime)
         raise
-    finally:
-        if kept is not None:
-            kept.leave(writing)
+    if kept is not None and kept is runtime.candidates:
+        kept.given_out()
     if rest := writing.rest():
         yield Text(rest)
     assert writing.reason is not None
@@ -368,8 +384,7 @@ def answer(
 
 def _branched(
     runtime: Runtime,
-    asked: Sequence[Message],
-    params: GenerationParams,
+    request: Request,
     prompt: Prompt,
     first: _Writing,
     ahead: int,
@@ -381,8 +396,11 @@ def _branched(
     if count < 2:
         return None
     seeds = [(first.seed + number) % 2**63 for number in range(1, count)]
-    others = [_Writing(runtime, prompt, params, seed, first.limit) for seed in seeds]
-    candidates = runtime.candidates = Candidates(runtime, asked, params, prompt, dropped)
+    others = [
+        _Writing(runtime, prompt, request.params, seed, first.limit, request.until)
+        for seed in seeds
+    ]
+    candidates = runtime.candidates = Candidates(runtime, request, prompt, dropped)
     candidates.begin(first, others, row)
     return candidates
 
@@ -490,14 +508,19 @@ class AnswerText:
     """Raw model text on its way to the reader.
 
     Takes off the template's `lead` (the space before the first word), holds back what may become
-    a stop string, and ends the answer before one.
+    a stop string, and ends the answer before one, or after the text `until` in capitals or not.
+    `begun` is what the answer goes on from.
     """
 
-    def __init__(self, lead: str, stop: Sequence[str]) -> None:
+    def __init__(self, lead: str, stop: Sequence[str], until: str = "", begun: str = "") -> None:
         self._lead = lead
         self._stop = [text for text in stop if text]
+        self._until = re.compile(re.escape(until), re.I) if until else None
+        self._num_before = max(len(until) - 1, 0)
+        self._before = ""
         self._held = ""
         self.stopped = False
+        self._remember(begun)
 
     def push(self, text: str) -> str:
         """What of `text`, and of what was held back, may be shown."""
@@ -507,6 +530,9 @@ class AnswerText:
             text, self._lead = text.removeprefix(self._lead), ""
         self._held += text
         found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+        end = self._until.search(self._before + self._held) if self._until else None
+        if end is not None:
+            found.append(end.end() - len(self._before))
         if found:
             self.stopped = True
             shown, self._held = self._held[: min(found)], ""
@@ -514,7 +540,13 @@ class AnswerText:
         keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
         cut = len(self._held) - keep
         shown, self._held = self._held[:cut], self._held[cut:]
+        self._remember(shown)
         return shown
+
+    def _remember(self, shown: str) -> None:
+        """Keep as much of what was shown as `until` may have begun in."""
+        if self._num_before:
+            self._before = (self._before + shown)[-self._num_before :]
 
     def flush(self) -> str:
         """What was held back, once nothing more comes."""

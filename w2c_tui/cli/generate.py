@@ -16,11 +16,10 @@ import click
 import msgspec
 
 from w2c_tui.backends.base import ModelInfo, Stats
-from w2c_tui.backends.choice import choose_backend
+from w2c_tui.backends.choice import knows_pages
 from w2c_tui.cli.options import generation_options, model_options, settings_from
 from w2c_tui.console.options import F
 from w2c_tui.console.terminal import say, say_json, write_bytes
-from w2c_tui.core.catalog import find
 from w2c_tui.core.config import GenerationParams, Settings
 from w2c_tui.core.errors import EngineError, ImageError, W2CError
 from w2c_tui.core.files import write_atomically
@@ -139,10 +138,7 @@ class Run:
         self.failed = 0
         self.interrupted = threading.Event()
         """Set by the first Ctrl-C."""
-        served = choose_backend(settings.model) == "openai"
-        entry = None if served else find(settings.model.name)
-        # What a user asks for in their own words is asked in their own words.
-        self.begins_pages = entry is not None and not entry.knows_pages and prompt == PAGE_PROMPT
+        self.begins_pages = not knows_pages(settings.model)
 
     def all(self, jobs: Sequence[tuple[str, Path | None]]) -> None:
         from w2c_tui.core.reference import load_attachment
@@ -196,7 +192,7 @@ class Run:
     ) -> Outcome:
         from w2c_tui.cli.running import AnswerLine, attach
         from w2c_tui.core.conversation import Message
-        from w2c_tui.core.page_text import begun_page
+        from w2c_tui.engine.page_writer import begun, write_page
 
         attachment = attach(image, self.settings, engine, info)
         system = self.settings.system
@@ -204,21 +200,15 @@ class Run:
             *([Message("system", system)] if system else []),
             Message("user", self.prompt, (attachment,)),
         ]
-        if self.begins_pages and attachment.page_text:
-            messages = begun_page(attachment)
         params = self.settings.generation
-        if messages[-1].role == "assistant":
-            # Without an end of its own such a model goes round in circles.
-            length = 100 + sum(len(line.text) for line in attachment.page_text or ())
-            params = msgspec.structs.replace(
-                params, max_new_tokens=min(params.max_new_tokens, length)
-            )
+        # What a user asks for in their own words is asked in their own words.
+        if self.begins_pages and (helped := begun(messages, params)) is not None:
+            messages, params = helped
         outcome = Outcome(image, "failed")
         with AnswerLine(f"{counter}{attachment.name}") as progress:
             if self.renderer is None:
-                from w2c_tui.engine.page_writer import write_page
-
-                answer = progress.follow(write_page(engine, messages, params))
+                stopped = self.interrupted.is_set
+                answer = progress.follow(write_page(engine, messages, params, 0, stopped))
             else:
                 tries = target.with_name(f"{target.stem}-tries") if target else None
                 answer = self._best(

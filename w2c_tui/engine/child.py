@@ -96,6 +96,7 @@ class Engine:
                     request.params,
                     lambda: ident in self._cancelled,
                     request.ahead,
+                    request.until,
                 )
                 for event in stream:
                     self._reply(wire.Emitted(ident, event))

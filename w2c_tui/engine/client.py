@@ -68,15 +68,21 @@ class EngineClient:
         return done.info
 
     def stream(
-        self, messages: Sequence[Message], params: GenerationParams, ahead: int = 0
+        self,
+        messages: Sequence[Message],
+        params: GenerationParams,
+        ahead: int = 0,
+        until: str = "",
     ) -> Iterator[Event]:
         """The answer's events, ending with `Finished`. Leaving the iterator cancels the answer.
 
-        `ahead`: how many requests for the same with the next seeds will follow, see
-        `Backend.stream`.
+        `ahead`: how many requests for the same with the next seeds will follow; `until`: the text
+        that ends it. See `Backend.stream`.
         """
         params = checked(params)
-        replies = self._exchange(lambda number: wire.Stream(number, tuple(messages), params, ahead))
+        replies = self._exchange(
+            lambda number: wire.Stream(number, tuple(messages), params, ahead, until)
+        )
         with contextlib.closing(replies):
             for reply in replies:
                 if isinstance(reply, wire.Emitted):

@@ -23,12 +23,13 @@ class Load(msgspec.Struct, frozen=True, tag=True):
 
 
 class Stream(msgspec.Struct, frozen=True, tag=True):
-    """Answer the conversation; `ahead` as in `Backend.stream`."""
+    """Answer the conversation; `ahead` and `until` as in `Backend.stream`."""
 
     request: int
     messages: tuple[Message, ...]
     params: GenerationParams
     ahead: int = 0
+    until: str = ""
 
 
 class ReadText(msgspec.Struct, frozen=True, tag=True):

@@ -17,16 +17,10 @@ import msgspec
 
 from w2c_tui.backends.base import Event, Finished, FinishReason, Prefill, Stats, Text, Trimmed
 from w2c_tui.core.config import GenerationParams
-from w2c_tui.core.conversation import Message
 from w2c_tui.core.errors import EngineError, W2CError
 from w2c_tui.core.iteration import Iteration, given
-from w2c_tui.core.prompt import PAGE_PROMPT
 from w2c_tui.core.store import Store, StoredMessage, StreamingAnswer
 from w2c_tui.engine.client import EngineClient
-
-_BEGUN_TOKENS = 100
-"""Tokens beside those of the page's words."""
-_END = "</html>"
 
 Phase = Literal["waiting", "reading", "writing", "over"]
 
@@ -46,7 +40,6 @@ class Answer:
         self.error: W2CError | None = None
         self.num_pieces = 0
         self._writer = writer
-        self._iteration: Iteration = "history"
         self._pieces: deque[str] = deque()
         self._first_piece_at = 0.0
         self._cancelled = threading.Event()
@@ -89,10 +82,10 @@ class Answer:
         ready: Callable[[], None],
         iteration: Iteration = "history",
         *,
-        begins_pages: bool = False,
+        begins_pages: Callable[[], bool] = lambda: False,
     ) -> None:
         """On a thread: ask the engine and write the answer. `ready` loads the model if need be.
-        `begins_pages` begins a page for a model that would not know how to.
+        `begins_pages`: whether a page is begun for the model, as it would not know how to.
 
         Raises nothing: a failure ends up in the stored message and in `error`.
         """
@@ -110,7 +103,7 @@ class Answer:
         params: GenerationParams,
         ready: Callable[[], None],
         iteration: Iteration,
-        begins_pages: bool,
+        begins_pages: Callable[[], bool],
     ) -> None:
         ready()
         if self._cancelled.is_set():
@@ -120,44 +113,28 @@ class Answer:
         if not self.text:
             messages.pop()
         messages = given(messages, iteration)
-        begun = self._begun(messages) if begins_pages else None
-        if begun is not None:
-            messages = begun
-            text = messages[-1].text
-            # Without an end of its own such a model goes round in circles.
-            length = min(params.max_new_tokens, _BEGUN_TOKENS + len(messages[1].text))
-            params = msgspec.structs.replace(params, max_new_tokens=length)
-        with contextlib.closing(engine.stream(messages, params)) as events:  # type: ignore[type-var]
+        until = ""
+        if begins_pages():
+            # Late, as the application starts without.
+            from w2c_tui.engine.page_writer import END, begun
+
+            if (helped := begun(messages, params)) is not None:
+                messages, params = helped
+                until = END
+                if not self.text:
+                    self.begin(messages[-1].text)
+        events = engine.stream(messages, params, until=until)
+        with contextlib.closing(events):  # type: ignore[type-var]
             for event in events:
                 if isinstance(event, Finished):
-                    self._iteration = iteration
-                    ended = begun is not None and _END in text.lower()
-                    self.finish("stop" if ended else event.reason, event)
-                    continue
-                self.take(event, engine)
-                if begun is not None and isinstance(event, Text):
-                    text += event.delta
-                    if _END in text[-len(event.delta) - len(_END) :].lower():
-                        # Whatever else the model wants to say, it is not the page.
-                        engine.cancel()
+                    self.finish(event.reason, event, iteration)
+                else:
+                    self.take(event, engine)
 
-    def _begun(self, messages: list[Message]) -> list[Message] | None:
-        """The first request for a page, put so that a small text-only model can write it down;
-        the answer is begun. None for all other turns."""
-        from w2c_tui.core.page_text import begun_page
-
-        questions = [message for message in messages if message.role == "user"]
-        if len(questions) != 1 or questions[0].text != PAGE_PROMPT:
-            return None
-        image = next((image for image in questions[0].attachments if image.page_text), None)
-        if image is None:
-            return None
-        begun = begun_page(image)
-        if self.text:
-            return [*begun[:-1], Message("assistant", self.text)]
-        self._writer.append(begun[-1].text)
-        self._pieces.append(begun[-1].text)
-        return begun
+    def begin(self, text: str) -> None:
+        """On the same thread: what the model goes on from."""
+        self._writer.append(text)
+        self._pieces.append(text)
 
     def take(self, event: Event, engine: EngineClient) -> None:
         """On the same thread: one event that is not the last."""
@@ -180,12 +157,14 @@ class Answer:
         """On the same thread: the engine is done with it, and what it does next is another's."""
         self._engine = None
 
-    def finish(self, reason: FinishReason, event: Finished | None) -> None:
-        """It is over, with the measures of `event`."""
+    def finish(
+        self, reason: FinishReason, event: Finished | None, iteration: Iteration = "history"
+    ) -> None:
+        """It is over, with the measures of `event`; it was asked with `iteration`."""
         stats = msgspec.structs.asdict(event.stats) if event is not None else {}
         self.stats = event.stats if event is not None else None
         if event is not None:
-            stats["iteration"] = self._iteration
+            stats["iteration"] = iteration
             if self.trimmed:
                 stats["num_left_out"] = self.trimmed.num_messages
         self._writer.finish(

@@ -24,7 +24,6 @@ from textual.screen import Screen
 from textual.theme import Theme
 
 from w2c_tui.backends.base import ModelInfo
-from w2c_tui.core.catalog import find
 from w2c_tui.core.config import GenerationParams, LoadSpec, Paths, Settings
 from w2c_tui.core.conversation import Attachment
 from w2c_tui.core.errors import EngineError, W2CError
@@ -322,7 +321,7 @@ class W2CApp(App[int]):
         """On a thread: return when the model is loaded. Raises what loading raises."""
         with self._loading:
             spec = self.spec
-            if self.engine.model is not None and self.engine.pid and self._loaded_spec == spec:
+            if self.engine.is_ready and self._loaded_spec == spec:
                 if self.model_state != "ready":
                     self.model_state = "ready"
                     self._tell_model()
@@ -388,13 +387,16 @@ class W2CApp(App[int]):
 
     def _answer(self, answer: Answer, params: GenerationParams, iteration: Iteration) -> Answer:
         self.answers[answer.message_id] = answer
-        entry = find(self.spec.name)
-        begins = entry is not None and not entry.knows_pages
 
         def work() -> None:
             try:
                 answer.run(
-                    self.engine, self.store, params, self.ready, iteration, begins_pages=begins
+                    self.engine,
+                    self.store,
+                    params,
+                    self.ready,
+                    iteration,
+                    begins_pages=self._begins_pages,
                 )
                 self.pages.keep(answer.message_id, params)
             except W2CError as error:
@@ -411,6 +413,12 @@ class W2CApp(App[int]):
 
         self.run_worker(work, thread=True, group="answers", exit_on_error=False)
         return answer
+
+    def _begins_pages(self) -> bool:
+        """Whether the loaded model would not know how to begin one."""
+        from w2c_tui.backends.choice import knows_pages
+
+        return not knows_pages(self._loaded_spec or self.spec)
 
     def on_answer_over(self, event: AnswerOver) -> None:
         answer = event.answer
@@ -439,7 +447,8 @@ class W2CApp(App[int]):
             try:
                 self.ready()
                 assert self.engine.model is not None
-                run.run(self.engine, self.store, self.pages, self.engine.model)
+                begins = self._begins_pages()
+                run.run(self.engine, self.store, self.pages, self.engine.model, begins)
             except W2CError as error:
                 run.error, run.outcome = error, "failed"
             except Exception as error:

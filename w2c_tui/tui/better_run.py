@@ -16,6 +16,7 @@ from w2c_tui.backends.base import Finished, ModelInfo
 from w2c_tui.core.config import GenerationParams
 from w2c_tui.core.conversation import Attachment
 from w2c_tui.core.errors import W2CError
+from w2c_tui.core.iteration import Iteration, given
 from w2c_tui.core.store import Store
 from w2c_tui.engine.client import EngineClient
 from w2c_tui.tui.answer import Answer
@@ -46,6 +47,7 @@ class BetterRun:
         screenshot: Attachment,
         params: GenerationParams,
         *,
+        iteration: Iteration,
         best_of: int,
         refine: int,
         began: Callable[[Answer], None],
@@ -57,7 +59,7 @@ class BetterRun:
         self.outcome: Outcome = "running"
         self.error: W2CError | None = None
         self._screenshot = screenshot
-        self._params = params
+        self._params, self._iteration = params, iteration
         self._best_of, self._refine = best_of, refine
         self._began, self._ended = began, ended
         self._answer: Answer | None = None
@@ -68,6 +70,10 @@ class BetterRun:
         """The nearest so far, the earliest of equals."""
         scored = [step for step in self.steps if step.version]
         return max(scored, key=lambda step: step.score or 0.0, default=None)
+
+    def has(self, answer: Answer) -> bool:
+        """Whether `answer` is one of its tries."""
+        return any(step.message_id == answer.message_id for step in self.steps)
 
     def cancel(self) -> None:
         """End it soon; what there is stays."""
@@ -81,10 +87,20 @@ class BetterRun:
         answer = self._answer
         return self._stopped or (answer is not None and answer.stopping)
 
-    def run(self, engine: EngineClient, store: Store, pages: Pages, info: ModelInfo) -> None:
-        """Raises nothing: a failure ends up in `error`."""
+    def run(
+        self,
+        engine: EngineClient,
+        store: Store,
+        pages: Pages,
+        info: ModelInfo,
+        begins_pages: bool,
+    ) -> None:
+        """Each candidate is asked for as a plain answer is, see `Answer.run`.
+
+        Raises nothing: a failure ends up in `error`.
+        """
         try:
-            self._run(engine, store, pages, info)
+            self._run(engine, store, pages, info, begins_pages)
         except W2CError as error:
             self.error, self.outcome = error, "failed"
             if self._answer is not None:
@@ -99,16 +115,28 @@ class BetterRun:
                 session_id = store.message(best.message_id).session_id
                 pages.versions(session_id).select(int(best.version[1:]))
 
-    def _run(self, engine: EngineClient, store: Store, pages: Pages, info: ModelInfo) -> None:
+    def _run(
+        self,
+        engine: EngineClient,
+        store: Store,
+        pages: Pages,
+        info: ModelInfo,
+        begins_pages: bool,
+    ) -> None:
+        from w2c_tui.engine.page_writer import begun
         from w2c_tui.web.better import Begun, Try, better_pages
 
         session_id = store.message(self.question_id).session_id
+        messages = given(store.conversation(session_id, self.question_id), self._iteration)
+        params = self._params
+        if begins_pages and (helped := begun(messages, params)) is not None:
+            messages, params = helped
         finished: Finished | None = None
         tries = better_pages(
             engine,
             pages.renderer,
-            store.conversation(session_id, self.question_id),
-            self._params,
+            messages,
+            params,
             pages.reference(self._screenshot),
             info,
             best_of=self._best_of,
@@ -127,6 +155,8 @@ class BetterRun:
                 answer = Answer(writer, store.message(writer.message_id))
                 self._answer = answer
                 self.steps.append(Step(event.kind, answer.message_id))
+                if event.asked[-1].role == "assistant":
+                    answer.begin(event.asked[-1].text)
                 self._began(answer)
                 if self._stopped:
                     answer.cancel()
@@ -140,7 +170,7 @@ class BetterRun:
                     self._answer.take(event, engine)
         if self._answer is not None:
             # Left in the middle: what came of it stays.
-            self._answer.finish("cancelled", finished)
+            self._answer.finish("cancelled", finished, self._iteration)
             self._ended(self._answer)
             self._answer = None
 
@@ -152,7 +182,7 @@ class BetterRun:
         assert answer is not None
         step.error = done.error
         if done.answer is not None:
-            answer.finish(done.answer.reason, finished)
+            answer.finish(done.answer.reason, finished, self._iteration)
             version = pages.keep_try(answer.message_id, done, self._params)
             if version is not None:
                 step.version, step.score = version.name, done.score

@@ -270,9 +270,11 @@ class ChatScreen(Screen[None]):
         if self.composer.waiting:
             self._tries = None
             self.composer.withdraw()
-        elif self.app.better is not None:
-            self.app.better.cancel()
-        elif (answer := self.branch.answer) is not None:
+            return
+        run, answer = self.app.better, self.branch.answer
+        if run is not None and (answer is None or run.has(answer)):
+            run.cancel()
+        elif answer is not None:
             answer.cancel()
 
     def action_back(self) -> None:

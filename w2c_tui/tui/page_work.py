@@ -188,6 +188,7 @@ class PageWork(Static):
             question_id,
             screenshot,
             self._place.params,
+            iteration=self._place.iteration,
             best_of=best_of,
             refine=refine,
             began=self.app.try_began,

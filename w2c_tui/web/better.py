@@ -147,7 +147,8 @@ def better_pages(
                 engine,
                 asked,
                 msgspec.structs.replace(params, seed=seed),
-                ahead=max(best_of - number, 0),
+                max(best_of - number, 0),
+                cancelled,
             )
         except W2CError as error:
             if not tries:
