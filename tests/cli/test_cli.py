@@ -209,6 +209,25 @@ class StoppedInTheMiddle(EngineClient):
             yield event
 
 
+@pytest.mark.parametrize("best_of", [1, 2])
+def test_a_stop_before_the_page_is_asked_for_is_not_lost(best_of, shots, page_writer, own_folders):
+    """As one while the text on the picture is read."""
+    params = GenerationParams(temperature=0.1, seed=0, max_new_tokens=120)
+    model = LoadSpec(name=str(page_writer), dtype="float32", threads=1)
+    run = Run(Settings(model=model, generation=params), PAGE_PROMPT, False, best_of)
+    out = own_folders / "page.html"
+    with (
+        EngineClient(own_folders / "engine.log") as engine,
+        Renderer(RenderSettings(timeout_s=60)) as renderer,
+    ):
+        run.renderer = renderer if best_of > 1 else None
+        info = engine.load(model)
+        run.interrupted.set()
+        outcome = run.one(engine, info, str(shots / "one.png"), out, "")
+    assert (outcome.status, outcome.finish_reason) == ("failed", "cancelled")
+    assert not out.exists()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
 @pytest.mark.parametrize("best_of", [1, 2])
 def test_a_page_that_was_stopped_in_the_middle_is_not_kept(

@@ -14,7 +14,7 @@ from textual.widgets import Input, Static, TextArea
 from tests.backends.test_hf_families import save_idefics3
 from tests.tiny import PAGE
 from tests.tui.conftest import wait_until
-from tests.tui.scripted import STATS
+from tests.tui.scripted import STATS, ScriptedEngine
 from w2c_tui.backends.base import Text
 from w2c_tui.core.config import GenerationParams, paths
 from w2c_tui.core.context_cost import Meter
@@ -317,6 +317,76 @@ async def test_the_nearest_of_several_tries_stays(start, store, writer_settings,
         assert len(store.children(question.id)) == 2
         await wait_until(pilot, lambda: not screen.query_one("#page-work").display)
         assert screen.transcript.messages[-1].id == run.best.message_id
+
+
+async def test_tries_ask_as_a_plain_answer_does(start, store, two_pages, writer_settings, browser):
+    async with start(settings=writer_settings) as pilot:
+        await wait_until(pilot, lambda: pilot.app.screen.transcript.messages)
+        await pilot.press("alt+i")
+        pilot.app.screen.prompt.text = "Now red"
+        await pilot.press("enter")
+        await wait_until(pilot, lambda: len(store.branch(two_pages.id)) == 6)
+        await wait_until(pilot, lambda: not pilot.app.answers)
+        plain = store.branch(two_pages.id)[-1]
+        assert plain.stats["iteration"] == "latest"
+        await pilot.press("f9")
+        box = await wait_until(pilot, lambda: pilot.app.screen.query("#best-of"))
+        box.first(Input).value = "2"
+        pilot.app.screen.query_one("#refine", Input).value = "0"
+        await pilot.press("enter")
+        run = await wait_until(pilot, lambda: pilot.app.better)
+        await wait_until(pilot, lambda: pilot.app.better is None, 120)
+        first, second = (store.message(step.message_id) for step in run.steps)
+        assert first.stats["prompt_tokens"] == plain.stats["prompt_tokens"]
+        assert first.stats["iteration"] == second.stats["iteration"] == "latest"
+        # A try is over where its page is.
+        assert plain.text.startswith(first.text)
+
+
+async def test_tries_help_a_small_text_model_to_its_page(start, store, settings, browser):
+    model = msgspec.structs.replace(settings.model, name="smollm2-135m")
+    params = GenerationParams(temperature=0.3, max_new_tokens=400)
+    changed = msgspec.structs.replace(settings, model=model, generation=params)
+    engine = ScriptedEngine(" to you</p>\n</body></html>")
+    async with start(settings=changed, engine=engine) as pilot:
+        pilot.app.screen.composer.add_picture(screenshot())
+        await pilot.press("f9")
+        box = await wait_until(pilot, lambda: pilot.app.screen.query("#best-of"))
+        box.first(Input).value = "2"
+        pilot.app.screen.query_one("#refine", Input).value = "0"
+        await pilot.press("enter")
+        run = await wait_until(pilot, lambda: pilot.app.better)
+        await wait_until(pilot, lambda: pilot.app.better is None, 120)
+        assert run.outcome == "done", run.error
+        assert engine.asked[-1].role == "assistant"
+        for step in run.steps:
+            text = store.message(step.message_id).text
+            assert text == engine.asked[-1].text + " to you</p>\n</body></html>"
+            assert step.score > 0
+        assert all(v.html == text for v in versions_of(store.sessions()[0]).all())
+
+
+async def test_escape_stops_the_answer_in_sight(start, store, slow_settings, browser):
+    async with start(settings=slow_settings) as pilot:
+        pilot.app.screen.composer.add_picture(screenshot())
+        await pilot.press("f9")
+        await wait_until(pilot, lambda: pilot.app.screen.query("#best-of"))
+        await pilot.press("enter")
+        await wait_until(pilot, lambda: any(a.num_pieces > 5 for a in pilot.app.answers.values()))
+        run, (tried,) = pilot.app.better, pilot.app.answers.values()
+        await pilot.press("ctrl+n")
+        pilot.app.screen.prompt.text = "Another question"
+        await pilot.press("enter")
+        await wait_until(pilot, lambda: len(pilot.app.answers) == 2)
+        waiting = next(a for a in pilot.app.answers.values() if a is not tried)
+        await pilot.press("escape")
+        await wait_until(pilot, lambda: waiting.stopping)
+        assert not tried.stopping
+        assert not run.stopped()
+        pilot.app.better.cancel()
+        await wait_until(pilot, lambda: pilot.app.better is None, 60)
+        await wait_until(pilot, lambda: not pilot.app.answers)
+        assert store.message(waiting.message_id).finish_reason == "cancelled"
 
 
 async def test_tries_are_stopped_with_escape_and_the_best_stays(

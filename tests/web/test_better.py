@@ -171,6 +171,13 @@ def test_a_stop_keeps_what_there_is(engine, renderer, screenshot):
     assert len(tries) == MAX_BRANCHES
 
 
+def test_a_stop_that_comes_before_the_request_is_not_lost(engine, renderer, screenshot):
+    """As one while the picture's text is read."""
+    steps = list(run(engine, renderer, screenshot, 0.1, best_of=3, cancelled=lambda: True))
+    (first,) = (step for step in steps if isinstance(step, Try))
+    assert first.answer.reason == "cancelled"
+
+
 def engine_cancel_soon(engine):
     import threading
 
