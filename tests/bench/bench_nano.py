@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import html
+import json
 import statistics
 import subprocess
 import sys
@@ -27,7 +28,7 @@ import msgspec
 from PIL import Image
 
 from trainer.pages.caption import colors_of
-from trainer.pages.write import Made, Plan, make_pages, read_pages
+from trainer.pages.write import Plan, make_pages, read_pages
 from w2c_tui.core.colors import distance, rgb
 from w2c_tui.core.config import GenerationParams, LoadSpec, RenderSettings, paths
 from w2c_tui.core.conversation import Attachment
@@ -55,22 +56,25 @@ def composed_pages(out: Path, count: int, renderer: Renderer) -> list[Page]:
     made_at = out / "made"
     make_pages(made_at, plan, count + 4 + count // 20, renderer, lambda *_: None)
     whole = sorted((m for m in read_pages(made_at) if m.image), key=lambda m: m.index)[:count]
-    return _pairs(whole, made_at, out / "pages")
+    return _pairs([(str(made.image), made.html) for made in whole], made_at, out / "pages")
 
 
 def real_sections(out: Path, count: int, folder: Path) -> list[Page]:
     """`count` of the sections in `folder`, evenly spread, in `out`/pages."""
-    found = [made for made in read_pages(folder) if made.image]
-    chosen = [found[at * len(found) // count] for at in range(min(count, len(found)))]
-    return _pairs(chosen, folder, out / "pages")
+    found = json.loads((folder / "pages.json").read_text(encoding="utf-8"))
+    count = min(count, len(found))
+    chosen = [found[at * len(found) // count] for at in range(count)]
+    pages = [(record["image"], record["conversations"][1]["value"]) for record in chosen]
+    return _pairs(pages, folder, out / "pages")
 
 
-def _pairs(pages: Sequence[Made], source: Path, folder: Path) -> list[Page]:
-    """NAME.png beside NAME.html in `folder` for each of `pages`, whose pictures are in `source`."""
+def _pairs(pages: Sequence[tuple[str, str]], source: Path, folder: Path) -> list[Page]:
+    """NAME.png beside NAME.html in `folder` for each (picture in `source`, page)."""
     folder.mkdir(exist_ok=True)
-    for made in pages:
-        (folder / f"{made.index:04}.html").write_text(made.html, encoding="utf-8")
-        (folder / f"{made.index:04}.png").write_bytes((source / str(made.image)).read_bytes())
+    for image, page in pages:
+        place = folder / Path(image).name
+        place.with_suffix(".html").write_text(page, encoding="utf-8")
+        place.write_bytes((source / image).read_bytes())
     return load_pages(folder)
 
 

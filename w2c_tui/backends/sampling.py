@@ -21,6 +21,7 @@ class TokenPicker:
         self.ids = list(prompt)
         self._params = params
         self._random = np.random.default_rng(seed)
+        self._loops = Loops(params.max_repeats) if params.max_repeats else None
         self._seen = set(prompt)
 
     def __call__(self, logits: NDArray[np.float32]) -> int:
@@ -35,10 +36,12 @@ class TokenPicker:
             token = min(int(np.searchsorted(weights, drawn, side="right")), len(weights) - 1)
         self.ids.append(token)
         self._seen.add(token)
+        if self._loops is not None:
+            self._loops.add(token)
         return token
 
     def scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """`logits` after penalty, temperature, top-k and top-p; what cannot come is -inf."""
+        """`logits` after penalty, loops, temperature, top-k and top-p; what cannot come is -inf."""
         params = self._params
         scores = logits
         if params.repetition_penalty != 1.0 and self._seen:
@@ -47,6 +50,9 @@ class TokenPicker:
             kept = scores[seen]
             penalty = np.float32(params.repetition_penalty)
             scores[seen] = np.where(kept < 0, kept * penalty, kept / penalty)
+        if self._loops is not None and (token := self._loops.refused(scores)) is not None:
+            scores = scores.copy()
+            scores[token] = -np.inf
         if params.temperature == 0:
             return scores
         scores = scores / np.float32(params.temperature)
@@ -62,6 +68,64 @@ class TokenPicker:
             unlikely[-1] = False
             scores[order[unlikely]] = -np.inf
         return scores
+
+
+class Loops:
+    """Notices that an answer goes round in circles, and where to leave.
+
+    A loop is a passage of up to `MAX_TOKENS` tokens that was written `max_repeats` times in a row,
+    and over `MIN_TOKENS` of those: short pages and rows of a table are none. It is left where its
+    next token is least sure, which is where an element could end, and not in the middle of one.
+    """
+
+    MAX_TOKENS = 256
+    MIN_TOKENS = 128
+
+    def __init__(self, max_repeats: int) -> None:
+        self._max_repeats = max_repeats
+        self._ids: list[int] = []
+        self._places: dict[int, list[int]] = {}
+        self._runs: dict[int, int] = {}
+        """By distance: how many of the newest tokens are what stood that far before them."""
+        self._leads: list[float] = []
+        """How sure the tokens of one more round were."""
+        self._step = 0
+
+    def add(self, token: int) -> None:
+        """`token` was written."""
+        at = len(self._ids)
+        self._ids.append(token)
+        runs: dict[int, int] = {}
+        places = self._places.setdefault(token, [])
+        for place in reversed(places):
+            if at - place > self.MAX_TOKENS:
+                break
+            runs[at - place] = self._runs.get(at - place, 0) + 1
+        places.append(at)
+        self._runs = runs
+
+    def refused(self, scores: NDArray[np.float32]) -> int | None:
+        """The token that is not to come next, if any; to be asked once for each; scores: (V,)."""
+        length = self._length()
+        if length is None:
+            self._leads, self._step = [], 0
+            return None
+        token = self._ids[-length]
+        if len(self._leads) < length:
+            others = scores.copy()
+            others[token] = -np.inf
+            self._leads.append(float(scores[token] - others.max()))
+            return None
+        self._step += 1
+        least = self._leads.index(min(self._leads[:length]))
+        return token if (self._step - 1) % length == least else None
+
+    def _length(self) -> int | None:
+        """That of the passage that is repeated, one round before it was repeated enough."""
+        for length, run in sorted(self._runs.items()):
+            if run >= max((self._max_repeats - 2) * length, self.MIN_TOKENS - length):
+                return length
+        return None
 
 
 class PromptLookup:

@@ -124,6 +124,15 @@ class GenerationParams(
     repetition_penalty: Annotated[
         float, Meta(gt=0, le=10, description="Over 1 makes tokens that were used less likely.")
     ] = 1.0
+    max_repeats: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=1000,
+            description="A passage that was written this often in a row is not written again, as "
+            "small models go round in circles; 0: off.",
+        ),
+    ] = 8
     max_new_tokens: Annotated[int, Meta(ge=1, description="Longest answer in tokens.")] = 2048
     seed: Annotated[
         Annotated[int, Meta(ge=0, le=2**63 - 1)] | None,
