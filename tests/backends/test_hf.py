@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+import msgspec
 import pytest
 import torch
 
@@ -197,6 +200,26 @@ def test_repetition_penalty_changes_the_text(tiny_llama):
     assert text_of(events(backend, [user("Write")], params)) != text_of(
         events(backend, [user("Write")], GREEDY)
     )
+
+
+def test_an_answer_leaves_a_circle(tiny_llama):
+    backend = load(tiny_llama)
+    for layer in backend._model.model.layers:
+        # What comes next then depends on the newest token alone: sooner or later it is a circle.
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp.down_proj.weight.data.zero_()
+    backend._eos_ids = set()
+    params = GenerationParams(temperature=0, max_new_tokens=600)
+
+    def circling(found):
+        circles = re.finditer(r"(.{8,}?)\1{5,}", text_of(found), re.S)
+        return max((len(circle[0]) for circle in circles), default=0)
+
+    found = events(backend, [user("Write")], params)
+    with_drafts = msgspec.structs.replace(params, prompt_lookup=5)
+    assert text_of(events(backend, [user("Write")], with_drafts)) == text_of(found)
+    endless = msgspec.structs.replace(params, max_repeats=0)
+    assert 0 < 2 * circling(found) < circling(events(backend, [user("Write")], endless))
 
 
 def test_automatic_dtype_is_one_this_machine_computes_in():

@@ -78,6 +78,50 @@ def test_a_seed_makes_the_draws_and_what_was_drawn_is_penalised():
     assert len({pick(np.abs(logits)) for _ in range(5)}) == 5
 
 
+def written(passage: list[int], sure: list[float], max_repeats: int, num_tokens: int) -> list[int]:
+    """By a model that begins `passage` anew each time it has written it; at place n it is `sure`[n]
+    against token 99, after which it writes 98 and ends."""
+    params = GenerationParams(temperature=0, max_repeats=max_repeats)
+    pick = TokenPicker(params, 0, passage * 20)
+    start = len(pick.ids)
+    for at in range(num_tokens):
+        logits = np.zeros(100, dtype=np.float32)
+        logits[99] = 5
+        logits[passage[at % len(passage)]] = 5 + sure[at % len(passage)]
+        if pick(logits) == 99:
+            break
+    return pick.ids[start:]
+
+
+def test_a_loop_is_left_where_the_model_is_least_sure():
+    passage, sure = list(range(30)), [3.0] * 30
+    sure[17] = 0.5
+    left = written(passage, sure, 8, 1000)
+    assert left == [*passage * 8, *passage[:17], 99]
+    assert written(passage, sure, 4, 1000) == [*passage * 5, *passage[:17], 99]
+    assert written(passage, sure, 0, 1000) == (passage * 40)[:1000]
+
+
+def test_what_is_short_or_differs_is_no_loop():
+    row, sure = [5, 6, 7], [1.0, 2.0, 3.0]
+    assert written(row, sure, 8, 125) == (row * 50)[:125]
+    assert written(row, sure, 8, 200)[-1] == 99
+    # A table whose rows differ in a number.
+    rows = [token for number in range(40) for token in (5, 6, 7, 8, 9, 20 + number)]
+    assert written(rows, [1.0] * len(rows), 2, len(rows)) == rows
+
+
+def test_a_loop_at_a_temperature_is_left_too():
+    logits = np.full(50, -20, dtype=np.float32)
+    logits[7], logits[8] = 5, 0
+    pick = TokenPicker(GenerationParams(temperature=0.2), 1, [])
+    drawn = [pick(logits) for _ in range(300)]
+    assert 8 in drawn
+    assert drawn.index(8) == 129
+    off = TokenPicker(GenerationParams(temperature=0.2, max_repeats=0), 1, [])
+    assert {off(logits) for _ in range(300)} == {7}
+
+
 def test_a_draft_is_what_followed_the_same_three_tokens():
     lookup = PromptLookup([1, 2, 3, 4, 5, 6])
     assert lookup.draft([1, 2, 3, 4, 5, 6, 1, 2, 3], 2) == [4, 5]

@@ -1,7 +1,7 @@
 """Which token comes next: sampling from logits, and guessing ahead from what was written.
 
-One way for every backend, equal to the logits processors of transformers. Knows nothing about
-models, caches or text, and needs no torch.
+One way for every backend, equal to the logits processors of transformers but for loops, which end
+here. Knows nothing about models, caches or text, and needs no torch.
 """
 
 from __future__ import annotations
