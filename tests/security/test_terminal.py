@@ -211,7 +211,7 @@ def test_a_page_goes_to_a_pipe_as_it_is_and_to_a_terminal_as_it_can_be_shown(
         output, _ = piped("generate", *flags, "--out", "-", "--json")
         assert_harmless(output, terminal=False)
         row = next(json.loads(line) for line in output.splitlines() if line.startswith("{"))
-        assert row["html"] == f"{PAGE}\n"
+        assert row["html"] == PAGE
         target = evil_folder / f"new {EVIL_NAME}.html"
         for write in (piped, on_terminal):
             output, status = write("generate", *flags, "--out", target, "--force")
