@@ -217,7 +217,7 @@ def test_a_page_goes_to_a_pipe_as_it_is_and_to_a_terminal_as_it_can_be_shown(
             output, status = write("generate", *flags, "--out", target, "--force")
             assert status == 0, output
             assert_harmless(output, terminal=write is on_terminal)
-        assert target.read_bytes().decode() == f"{PAGE}\n"
+        assert target.read_bytes().decode() == PAGE
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 500])
