@@ -80,7 +80,7 @@ def test_a_seed_makes_the_draws_and_what_was_drawn_is_penalised():
 
 def written(passage: list[int], sure: list[float], max_repeats: int, num_tokens: int) -> list[int]:
     """By a model that begins `passage` anew each time it has written it; at place n it is `sure`[n]
-    against token 99, after which it writes 98 and ends."""
+    against token 99, which ends."""
     params = GenerationParams(temperature=0, max_repeats=max_repeats)
     pick = TokenPicker(params, 0, passage * 20)
     start = len(pick.ids)

@@ -82,14 +82,14 @@ class Loops:
     MIN_TOKENS = 128
 
     def __init__(self, max_repeats: int) -> None:
-        self._max_repeats = max_repeats
+        # Fewer rounds would be two passages that are alike.
+        self._max_repeats = max(max_repeats, 3)
         self._ids: list[int] = []
         self._places: dict[int, list[int]] = {}
         self._runs: dict[int, int] = {}
         """By distance: how many of the newest tokens are what stood that far before them."""
         self._leads: list[float] = []
-        """How sure the tokens of one more round were."""
-        self._step = 0
+        """How sure each token was since a loop is one round from its end."""
 
     def add(self, token: int) -> None:
         """`token` was written."""
@@ -108,17 +108,16 @@ class Loops:
         """The token that is not to come next, if any; to be asked once for each; scores: (V,)."""
         length = self._length()
         if length is None:
-            self._leads, self._step = [], 0
+            self._leads = []
             return None
         token = self._ids[-length]
-        if len(self._leads) < length:
-            others = scores.copy()
-            others[token] = -np.inf
-            self._leads.append(float(scores[token] - others.max()))
+        others = scores.copy()
+        others[token] = -np.inf
+        self._leads.append(float(scores[token] - others.max()))
+        place, last_round = len(self._leads) - 1, self._leads[:length]
+        if place < length or place % length != last_round.index(min(last_round)):
             return None
-        self._step += 1
-        least = self._leads.index(min(self._leads[:length]))
-        return token if (self._step - 1) % length == least else None
+        return token
 
     def _length(self) -> int | None:
         """That of the passage that is repeated, one round before it was repeated enough."""

@@ -163,15 +163,14 @@ class _Writing:
         self,
         runtime: Runtime,
         prompt: Prompt,
-        params: GenerationParams,
+        request: Request,
         seed: int,
         limit: int,
-        until: str,
     ) -> None:
         latest = prompt.messages[-1]
         begun = latest.text if latest.role == "assistant" else None
         self.seed, self.limit = seed, limit
-        self.pick = TokenPicker(params, seed, prompt.ids)
+        self.pick = TokenPicker(request.params, seed, prompt.ids)
         self.last = -1
         self.num_new = 0
         self.reason: FinishReason | None = None
@@ -180,7 +179,7 @@ class _Writing:
         self._end_ids = runtime.end_ids
         self._text = runtime.text_stream(prompt)
         lead = runtime.answer_lead if begun is None else ""
-        self._shown = AnswerText(lead, params.stop, until, begun or "")
+        self._shown = AnswerText(lead, request.params.stop, request.until, begun or "")
 
     def take(self, token: int) -> None:
         """Write `token`, and see whether the answer ends with it."""
@@ -318,7 +317,7 @@ def answer(
         prompt = runtime.encode(left)
         seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(4), "big")
         limit = min(params.max_new_tokens, runtime.context_length - prompt.num_tokens)
-        writing = _Writing(runtime, prompt, params, seed, limit, until)
+        writing = _Writing(runtime, prompt, request, seed, limit)
     reused: int | None = None
     first_token_s = 0.0
     try:
@@ -396,10 +395,7 @@ def _branched(
     if count < 2:
         return None
     seeds = [(first.seed + number) % 2**63 for number in range(1, count)]
-    others = [
-        _Writing(runtime, prompt, request.params, seed, first.limit, request.until)
-        for seed in seeds
-    ]
+    others = [_Writing(runtime, prompt, request, seed, first.limit) for seed in seeds]
     candidates = runtime.candidates = Candidates(runtime, request, prompt, dropped)
     candidates.begin(first, others, row)
     return candidates

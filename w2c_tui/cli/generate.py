@@ -207,8 +207,8 @@ class Run:
         outcome = Outcome(image, "failed")
         with AnswerLine(f"{counter}{attachment.name}") as progress:
             if self.renderer is None:
-                stopped = self.interrupted.is_set
-                answer = progress.follow(write_page(engine, messages, params, 0, stopped))
+                events = write_page(engine, messages, params, cancelled=self.interrupted.is_set)
+                answer = progress.follow(events)
             else:
                 tries = target.with_name(f"{target.stem}-tries") if target else None
                 answer = self._best(

@@ -130,7 +130,7 @@ class GenerationParams(
             ge=0,
             le=1000,
             description="A passage that was written this often in a row is not written again, as "
-            "small models go round in circles; 0: off.",
+            "small models go round in circles; at least 3; 0: off.",
         ),
     ] = 8
     max_new_tokens: Annotated[int, Meta(ge=1, description="Longest answer in tokens.")] = 2048

@@ -60,7 +60,7 @@ class Asker:
     def page(self, messages: Sequence[Message], number: int) -> Answer:
         """As `ask`, for an answer that is over when its page is."""
         params = self._begin(number)
-        events = write_page(self.engine, messages, params, 0, self._stop.is_set)
+        events = write_page(self.engine, messages, params, cancelled=self._stop.is_set)
         while True:
             try:
                 next(events)

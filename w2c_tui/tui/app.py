@@ -396,7 +396,7 @@ class W2CApp(App[int]):
                     params,
                     self.ready,
                     iteration,
-                    begins_pages=self._begins_pages,
+                    begins_pages=self.begins_pages,
                 )
                 self.pages.keep(answer.message_id, params)
             except W2CError as error:
@@ -414,7 +414,7 @@ class W2CApp(App[int]):
         self.run_worker(work, thread=True, group="answers", exit_on_error=False)
         return answer
 
-    def _begins_pages(self) -> bool:
+    def begins_pages(self) -> bool:
         """Whether the loaded model would not know how to begin one."""
         from w2c_tui.backends.choice import knows_pages
 
@@ -447,8 +447,7 @@ class W2CApp(App[int]):
             try:
                 self.ready()
                 assert self.engine.model is not None
-                begins = self._begins_pages()
-                run.run(self.engine, self.store, self.pages, self.engine.model, begins)
+                run.run(self.engine, self.store, self.pages, self.engine.model)
             except W2CError as error:
                 run.error, run.outcome = error, "failed"
             except Exception as error:

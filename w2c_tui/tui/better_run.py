@@ -50,6 +50,7 @@ class BetterRun:
         iteration: Iteration,
         best_of: int,
         refine: int,
+        begins_pages: Callable[[], bool],
         began: Callable[[Answer], None],
         ended: Callable[[Answer], None],
     ) -> None:
@@ -61,6 +62,7 @@ class BetterRun:
         self._screenshot = screenshot
         self._params, self._iteration = params, iteration
         self._best_of, self._refine = best_of, refine
+        self._begins_pages = begins_pages
         self._began, self._ended = began, ended
         self._answer: Answer | None = None
         self._stopped = False
@@ -87,20 +89,13 @@ class BetterRun:
         answer = self._answer
         return self._stopped or (answer is not None and answer.stopping)
 
-    def run(
-        self,
-        engine: EngineClient,
-        store: Store,
-        pages: Pages,
-        info: ModelInfo,
-        begins_pages: bool,
-    ) -> None:
+    def run(self, engine: EngineClient, store: Store, pages: Pages, info: ModelInfo) -> None:
         """Each candidate is asked for as a plain answer is, see `Answer.run`.
 
         Raises nothing: a failure ends up in `error`.
         """
         try:
-            self._run(engine, store, pages, info, begins_pages)
+            self._run(engine, store, pages, info)
         except W2CError as error:
             self.error, self.outcome = error, "failed"
             if self._answer is not None:
@@ -115,21 +110,14 @@ class BetterRun:
                 session_id = store.message(best.message_id).session_id
                 pages.versions(session_id).select(int(best.version[1:]))
 
-    def _run(
-        self,
-        engine: EngineClient,
-        store: Store,
-        pages: Pages,
-        info: ModelInfo,
-        begins_pages: bool,
-    ) -> None:
+    def _run(self, engine: EngineClient, store: Store, pages: Pages, info: ModelInfo) -> None:
         from w2c_tui.engine.page_writer import begun
         from w2c_tui.web.better import Begun, Try, better_pages
 
         session_id = store.message(self.question_id).session_id
         messages = given(store.conversation(session_id, self.question_id), self._iteration)
         params = self._params
-        if begins_pages and (helped := begun(messages, params)) is not None:
+        if self._begins_pages() and (helped := begun(messages, params)) is not None:
             messages, params = helped
         finished: Finished | None = None
         tries = better_pages(

@@ -191,6 +191,7 @@ class PageWork(Static):
             iteration=self._place.iteration,
             best_of=best_of,
             refine=refine,
+            begins_pages=self.app.begins_pages,
             began=self.app.try_began,
             ended=self.app.try_ended,
         )

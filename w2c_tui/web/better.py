@@ -147,8 +147,8 @@ def better_pages(
                 engine,
                 asked,
                 msgspec.structs.replace(params, seed=seed),
-                max(best_of - number, 0),
-                cancelled,
+                ahead=max(best_of - number, 0),
+                cancelled=cancelled,
             )
         except W2CError as error:
             if not tries:
