@@ -110,7 +110,7 @@ def test_what_is_short_or_differs_is_no_loop():
     rows = [token for number in range(40) for token in (5, 6, 7, 8, 9, 20 + number)]
     assert written(rows, [1.0] * len(rows), 2, len(rows)) == rows
     # Words that come again are none, however few rounds are allowed.
-    words = np.random.default_rng(0).integers(0, 9, 600).tolist()
+    words = np.random.default_rng(0).integers(0, 2, 2000).tolist()
     for max_repeats in (1, 2, 3):
         assert written(words, [1.0] * len(words), max_repeats, len(words)) == words
 
