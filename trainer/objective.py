@@ -159,14 +159,14 @@ class _SummedLoss(torch.autograd.Function):
             rows = max(1, _LOGITS_AT_ONCE // weight.shape[0])
             for start in range(0, len(targets), rows):
                 part, wanted = hidden[start : start + rows], targets[start : start + rows]
-                logits = F.linear(part, matrix).float()
+                logits = F.linear(part, matrix)
                 if bias is not None:
-                    logits += bias.float()
-                log_sum = logits.logsumexp(dim=-1)
-                loss += (log_sum - logits.gather(1, wanted[:, None])[:, 0]).sum()
+                    logits = logits.float() + bias.float()
+                log_probs = logits.log_softmax(dim=-1, dtype=torch.float32)
+                loss -= log_probs.gather(1, wanted[:, None]).sum()
                 if not (needs_hidden or needs_weight or needs_bias):
                     continue
-                error = logits.sub_(log_sum[:, None]).exp_()
+                error = log_probs.exp_()
                 error.scatter_add_(
                     1, wanted[:, None], torch.full_like(wanted[:, None], -1, dtype=error.dtype)
                 )
@@ -213,8 +213,9 @@ def packed_attention(
     if not sample_lengths:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     assert query.shape[0] == 1
+    one = _attention_on_cpu if query.device.type == "cpu" else sdpa_attention_forward
     outputs = [
-        sdpa_attention_forward(module, q, k, v, None, **kwargs)[0]
+        one(module, q, k, v, None, **kwargs)[0]
         for q, k, v in zip(
             query.split(sample_lengths, dim=2),
             key.split(sample_lengths, dim=2),
@@ -223,6 +224,44 @@ def packed_attention(
         )
     ]
     return torch.cat(outputs, dim=1), None
+
+
+_QUERIES_AT_ONCE = 256
+
+
+def _attention_on_cpu(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention of one sample by matrix products, some queries at a time.
+
+    torch's own kernel takes 1.6 times as long on CPUs in bf16, forwards and backwards (1,000
+    tokens, 9 heads of 64); this one keeps the probabilities, half the square of the length for each
+    head. query: (1, heads, T, D); key, value: (1, groups, T, D); the result: (1, T, heads, D).
+    """
+    _, heads, length, size = query.shape
+    groups = key.shape[1]
+    with torch.autocast("cpu", enabled=False):
+        scaled = query * (size**-0.5 if scaling is None else scaling)
+        parts = []
+        for start in range(0, length, _QUERIES_AT_ONCE):
+            stop = min(start + _QUERIES_AT_ONCE, length)
+            # The heads of a group look at the same keys: they are one product.
+            rows = scaled[0, :, start:stop].reshape(groups, -1, size)
+            scores = rows @ key[0, :, :stop].transpose(1, 2)
+            scores = scores.view(heads, stop - start, stop)
+            later = torch.ones(stop - start, stop - start, dtype=torch.bool).triu(1)
+            scores[..., start:].masked_fill_(later, float("-inf"))
+            probs = scores.softmax(dim=-1)
+            seen = probs.view(groups, -1, stop) @ value[0, :, :stop]
+            parts.append(seen.view(heads, stop - start, size))
+        return torch.cat(parts, dim=1).transpose(0, 1)[None], None
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

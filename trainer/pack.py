@@ -13,7 +13,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import msgspec
@@ -217,7 +217,7 @@ def _compare(folder: Path, result: Any, report: Report) -> dict[str, float]:
 )
 @click.option(
     "--hints",
-    type=click.Choice(["none", "text", "colors"]),
+    type=click.Choice(get_args(Hints)),
     default="colors",
     show_default=True,
     help="What the training data say about pictures in words.",

@@ -46,7 +46,7 @@ def steps_of(
 ) -> list[Step]:
     """One step for each try at `page`."""
     image = load_attachment(str(page.image))
-    lines = engine.read_text(image, colors=True)
+    lines = engine.read_text(image, "layout")
     image = msgspec.structs.replace(image, page_text=lines)
     reference = view_of_picture(image, lines)
     assert page.html is not None

@@ -31,7 +31,7 @@ from trainer.pages.caption import colors_of
 from trainer.pages.write import Plan, make_pages, read_pages
 from w2c_tui.core.colors import distance, rgb
 from w2c_tui.core.config import GenerationParams, LoadSpec, RenderSettings, paths
-from w2c_tui.core.conversation import Attachment
+from w2c_tui.core.conversation import Attachment, Hints
 from w2c_tui.core.image import attachment_from_picture
 from w2c_tui.core.reference import load_attachment
 from w2c_tui.engine.client import EngineClient
@@ -95,11 +95,11 @@ def writer_of(
     variant: str, pages: Sequence[Page], engine: EngineClient, folder: Path, temperature: float
 ) -> Write:
     """What writes the pages of `variant`; its model is loaded."""
-    colors = variant != "untrained"
+    hints: Hints = "text" if variant in ("untrained", "rule") else "layout"
 
     def read(path: Path) -> Attachment:
         image = load_attachment(str(path))
-        return msgspec.structs.replace(image, page_text=engine.read_text(image, colors=colors))
+        return msgspec.structs.replace(image, page_text=engine.read_text(image, hints))
 
     if variant == "rule":
         return lambda page, number: Written(paragraphs(read(page.image)), True)

@@ -86,7 +86,7 @@ def test_the_text_of_a_picture_is_read_in_the_engine(engine):
     shot = attachment_from_bytes(buffer.getvalue())
     (line,) = engine.read_text(shot)
     assert line.text == "Prices"
-    (colored,) = engine.read_text(shot, colors=True)
+    (colored,) = engine.read_text(shot, "colors")
     assert colored.text == "Prices"
     assert colored != line
 

@@ -50,14 +50,14 @@ def test_a_box_without_letters_has_no_ink_and_one_outside_has_nothing() -> None:
 
 def test_recognition_brings_colours_when_asked(tmp_path: Path) -> None:
     pytest.importorskip("rapidocr", reason="text recognition is not installed")
-    from w2c_tui.models.page_text import read_page_text
+    from w2c_tui.models.page_boxes import read_hints
 
     picture = Image.new("RGB", (800, 200), "maroon")
     font = ImageFont.load_default(36)
     ImageDraw.Draw(picture).text((60, 70), "Subscribe now", fill="gold", font=font)
-    (line,) = read_page_text(picture, colors=True)
+    (line,) = read_hints(picture, "colors")
     assert line.text == "Subscribe now"
     assert line.ground == (128, 0, 0)
     assert line.ink is not None
     assert distance(line.ink, (255, 215, 0)) < 8
-    assert read_page_text(picture)[0].ink is None
+    assert read_hints(picture, "text")[0].ink is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import typing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,8 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from trainer.pages.compose import WIDTHS
 from trainer.pages.palette import FONTS
-from trainer.pages.write import Hints, Plan, make_pages, write_records
+from trainer.pages.write import Plan, make_pages, write_records
 from w2c_tui.core.config import RenderSettings
+from w2c_tui.core.conversation import Hints
 from w2c_tui.core.errors import W2CError
 from w2c_tui.web.render import Renderer
 
@@ -49,10 +51,11 @@ _Widths = Annotated[
 )
 @click.option(
     "--hints",
-    type=click.Choice(["none", "text", "colors"]),
+    type=click.Choice(typing.get_args(Hints)),
     default="text",
     show_default=True,
-    help="Put the text on the page into the question: not, as it is, or with its colours.",
+    help="Put into the question: nothing, the text on the page, the text with its colours, or the "
+    "text in the boxes on which it lies.",
 )
 @click.option(
     "--tabs", type=click.IntRange(0, 64), default=0, help="Pages rendered at a time; 0: one a core."

@@ -7,7 +7,7 @@ has the same version of Faker. Knows nothing about browsers, files or models.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
@@ -72,8 +72,9 @@ def _draw(
     dialect: Dialect = "inline" if rng.random() < inline_share else "classes"
     composer = _Composer(rng, theme, words, width)
     body = tuple(layout(composer))
-    body_style = (
-        f"margin:0;background:{theme.page};color:{theme.text};font-family:{theme.font_family}"
+    body_style = _css(
+        f"margin:0;background:{theme.page};color:{theme.text};font-family:{theme.font_family}",
+        *_typography(rng),
     )
     html = page_html(
         body, title=words.brand, language=words.language, body_style=body_style, dialect=dialect
@@ -89,6 +90,14 @@ def _draw(
         theme=theme,
         blocks=tuple(composer.blocks),
     )
+
+
+def _typography(rng: random.Random) -> Iterator[str]:
+    """Size and distance of lines where they are not those of the browser, on half of all pages."""
+    if rng.random() < 0.25:
+        yield f"font-size:{rng.choice((14, 15, 17, 18))}px"
+    if rng.random() < 0.45:
+        yield f"line-height:{rng.choice(('1.4', '1.5', '1.5', '1.6', '1.8'))}"
 
 
 def _css(*parts: str) -> str:
@@ -289,6 +298,45 @@ class _Composer:
         first = _first_text(*title, *made)
         self.note("cards", self.theme.surface, first, str(num))
         return self.section(*title, self.row(*made))
+
+    def panels(self) -> Element:
+        """Boxes with a head, as Bootstrap's cards have it."""
+        theme = self.theme
+        num = self.columns(1, 3)
+        head = self.rng.choice((theme.page, "whitesmoke", "#eee", theme.accent))
+        space = self.rng.choice((8, 12, 16))
+        line = f"border:1px solid {theme.line}"
+        under = f"padding:{space}px {theme.space}px;border-bottom:1px solid {theme.line}"
+        made = []
+        for _ in range(num):
+            title: Element = Element("div", _css(under, self.paint(head)), (self.words.title(),))
+            text = self.words.text(self.rng.randint(1, 3))
+            inside = [self.paragraph(text, "margin:0")]
+            if self.rng.random() < 0.25:
+                inside.append(self.paragraph(self.words.text(1)))
+            body = Element("div", f"padding:{theme.space}px", tuple(inside), "body")
+            style = _css("flex:1", self.paint(theme.surface), line, self.rounded)
+            made.append(Element("div", style, (title, body), "panel"))
+        self.note("panels", head, _first_text(*made), str(num))
+        if num > 1 and self.rng.random() < 0.35:
+            stack = f"display:flex;flex-direction:column;gap:{theme.space}px"
+            return self.section(Element("div", stack, tuple(made), "stack"))
+        return self.section(self.row(*made))
+
+    def about(self) -> Element:
+        """A heading over a longer text, in the middle of the page."""
+        color = self.band(self.theme.page, self.theme.page)
+        title = self.words.heading()
+        size = "" if self.narrow else f"max-width:{self.rng.choice((560, 640, 720))}px"
+        place = "margin:16px auto" if size else ""
+        parts: list[Element] = [self.heading(self.rng.choice((1, 2)), title)]
+        parts.append(self.paragraph(self.words.text(self.rng.randint(2, 4)), _css(size, place)))
+        if self.rng.random() < 0.4:
+            parts.append(self.button(self.words.label("action"), self.theme.accent, color))
+        self.note("about", color, title, "center")
+        space = f"padding:{self.rng.choice((24, 48, 64))}px"
+        look = _css(self.paint(color), "text-align:center")
+        return Element("section", _css(space, look), tuple(parts), "about")
 
     def tiles(self) -> Element:
         """Numbers, as dashboards show them."""
@@ -651,6 +699,7 @@ _MIDDLE = (
     # The longer blocks are more often drawn again and so are here more often.
     *("cards", "cards", "cards", "tiles", "table", "pricing", "pricing", "pricing", "gallery"),
     *("products", "products", "quote", "call", "steps", "steps", "questions"),
+    *("panels", "panels", "about", "about"),
 )
 
 
@@ -733,7 +782,7 @@ def _shop(page: _Composer) -> list[Element]:
 
 def _listing(page: _Composer) -> list[Element]:
     top = _maybe(page, 0.8, page.navigation)
-    middle = _some(page, ("table", "team", "gallery", "cards", "questions"), 1, 2)
+    middle = _some(page, ("table", "team", "gallery", "cards", "questions", "panels"), 1, 2)
     return [*top, *_maybe(page, 0.3, page.notice), *middle, *_maybe(page, 0.6, page.footer)]
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import faker
 import msgspec
@@ -25,19 +26,19 @@ from trainer.pages.hints import as_recognised
 from trainer.pages.markup import Dialect
 from trainer.pages.palette import Theme
 from trainer.pages.words import LICENCE
-from w2c_tui.core.conversation import Attachment, Message, TextLine
+from w2c_tui.core.conversation import Attachment, Hints, Message, TextLine
 from w2c_tui.core.errors import ConfigError, RenderError
 from w2c_tui.core.files import write_atomically
 from w2c_tui.core.prompt import PAGE_PROMPT, user_content
+from w2c_tui.models.page_boxes import with_layout
 from w2c_tui.models.page_text import with_colors
 from w2c_tui.web.render import PageSource, Renderer
 
-Hints = Literal["none", "text", "colors"]
 Report = Callable[[int, int], None]
 
 INLINE_PROMPT = f"{PAGE_PROMPT} Use inline styles only."
 CAPTION_PROMPT = "Describe the blocks of this page and their colours."
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_HEIGHT_SHARE = 2.2
 """Pages that come out taller than this times their width are left out: nothing could be seen."""
 
@@ -147,8 +148,8 @@ def read_pages(out: Path, *, repair: bool = False) -> Iterator[Made]:
 def write_records(out: Path, plan: Plan, count: int, hints: Hints, about: dict[str, Any]) -> int:
     """Write the record files and the manifest for pages 0 to `count`; the number of records.
 
-    `hints`: what stands in the prompt of the text on the page: nothing, lines, or lines with their
-    colours. The same folder may be written again with other hints.
+    `hints`: what stands in the prompt about the page. The same folder may be written again with
+    other hints.
     """
     pages = sorted(
         (made for made in read_pages(out) if made.image and made.index < count),
@@ -178,19 +179,32 @@ def write_records(out: Path, plan: Plan, count: int, hints: Hints, about: dict[s
 
 def write_page_records(out: Path, pages: Sequence[Made], hints: Hints, prefix: str) -> None:
     """Write `pages.json`: for each page its picture, the question and the HTML."""
-    records = [_record(prefix, made, question(made, hints, prefix), made.html) for made in pages]
-    _write_list(out / "pages.json", records)
+    # Where all are written in one way there is nothing to ask for.
+    inline = PAGE_PROMPT if all(made.dialect == "inline" for made in pages) else INLINE_PROMPT
+    prompts: dict[Dialect, str] = {"inline": inline, "classes": PAGE_PROMPT}
+
+    def record(made: Made) -> dict[str, Any]:
+        asked = question(made, hints, prefix, prompts[made.dialect], out)
+        return _record(prefix, made, asked, made.html)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        _write_list(out / "pages.json", list(pool.map(record, pages)))
 
 
-def question(made: Made, hints: Hints, seed: str) -> str:
-    """What the model is asked about the page, as the application would ask it."""
+def question(made: Made, hints: Hints, seed: str, prompt: str, folder: Path) -> str:
+    """What the model is asked about the page, as the application would ask it.
+
+    `folder` is where the page's picture is.
+    """
     lines: tuple[TextLine, ...] | None = None
     if hints != "none":
         lines = as_recognised(made.lines, random.Random(f"w2c hints {seed} {made.index}"))
         if hints == "text":
             lines = tuple(TextLine(line.text, line.box, line.score) for line in lines)
+        elif hints == "layout":
+            with Image.open(folder / str(made.image)) as picture:
+                lines = with_layout(picture.convert("RGB"), lines)
     image = Attachment(b"", "", made.width, made.height, page_text=lines)
-    prompt = INLINE_PROMPT if made.dialect == "inline" else PAGE_PROMPT
     return user_content(Message("user", prompt, (image,)))
 
 

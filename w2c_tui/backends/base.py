@@ -7,7 +7,7 @@ torch, llama.cpp, processes or screens; the front ends import it for its types.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import msgspec
 
@@ -42,11 +42,12 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     note: str = ""
     """What a user should know about this model before believing it."""
 
-    def hints_for(self, ocr: Literal["auto", "on", "off"], colors: bool) -> Hints:
-        """What it is told about a picture where the user said `ocr` and `colors`."""
+    def hints_for(self, ocr: Literal["auto", "on", "off"], wanted: Hints) -> Hints:
+        """What it is told about a picture where the user said `ocr` and `wanted`."""
         if ocr == "off" or (ocr == "auto" and self.reads_images and self.hints == "none"):
             return "none"
-        return "colors" if colors or self.hints == "colors" else "text"
+        # Each of them says all that the one before says.
+        return max(wanted, self.hints, "text", key=get_args(Hints).index)
 
     @property
     def runtime(self) -> str:

@@ -45,7 +45,9 @@ def generation_options(command: F) -> F:
     command = click.option("--system", help=_describe(Settings, "system"))(command)
     command = click.option("--ocr/--no-ocr", default=None, help=_describe(Settings, "ocr"))(command)
     command = click.option(
-        "--ocr-colors/--no-ocr-colors", default=None, help=_describe(Settings, "ocr_colors")
+        "--ocr-hints",
+        type=click.Choice(["text", "colors", "layout"]),
+        help=_describe(Settings, "ocr_hints"),
     )(command)
     return field_options(GenerationParams, "generation")(command)
 
@@ -78,8 +80,8 @@ def settings_from(flags: dict[str, Any]) -> Settings:
         given["model.max_memory"] = _pairs(given["model.max_memory"])
     if flags.get("ocr") is not None:
         given["ocr"] = "on" if flags["ocr"] else "off"
-    if flags.get("ocr_colors") is not None:
-        given["ocr_colors"] = flags["ocr_colors"]
+    if flags.get("ocr_hints") is not None:
+        given["ocr_hints"] = flags["ocr_hints"]
     if flags.get("system") is not None:
         given["system"] = flags["system"]
     return load_settings(given)

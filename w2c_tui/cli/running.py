@@ -16,7 +16,7 @@ from rich.text import Text as Line
 from w2c_tui.backends.base import Event, ModelInfo, Prefill, Text, Trimmed
 from w2c_tui.console.progress import console, loading_progress, status
 from w2c_tui.core.config import Settings, paths
-from w2c_tui.core.conversation import Attachment
+from w2c_tui.core.conversation import Attachment, Hints
 from w2c_tui.core.page_text import WITHOUT_TEXT, recognises_text
 from w2c_tui.core.reference import load_attachment
 from w2c_tui.engine.client import EngineClient
@@ -58,13 +58,13 @@ def describe(info: ModelInfo) -> str:
 def attach(reference: str, settings: Settings, engine: EngineClient, info: ModelInfo) -> Attachment:
     """The image at `reference`, with its text read off where the settings or the model ask."""
     image = load_attachment(reference, settings.images)
-    hints = info.hints_for(settings.ocr, settings.ocr_colors)
+    hints = info.hints_for(settings.ocr, settings.ocr_hints)
     if hints == "none":
         return image
     if settings.ocr == "auto" and info.reads_images and not recognises_text():
         _tell_once(f"{info.name} {WITHOUT_TEXT}")
         return image
-    return with_page_text(image, engine, colors=hints == "colors")
+    return with_page_text(image, engine, hints)
 
 
 def _tell_once(text: str) -> None:
@@ -76,10 +76,10 @@ def _tell_once(text: str) -> None:
 _told: set[str] = set()
 
 
-def with_page_text(image: Attachment, engine: EngineClient, *, colors: bool = False) -> Attachment:
+def with_page_text(image: Attachment, engine: EngineClient, hints: Hints = "text") -> Attachment:
     """`image` with the text that recognition finds on it."""
     with status(f"Reading the text of {image.name}"):
-        lines = engine.read_text(image, colors=colors)
+        lines = engine.read_text(image, hints)
     return msgspec.structs.replace(image, page_text=lines)
 
 

@@ -253,13 +253,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             "models that read text only, or that were trained with it."
         ),
     ] = "auto"
-    ocr_colors: Annotated[
-        bool,
+    ocr_hints: Annotated[
+        Literal["text", "colors", "layout"],
         Meta(
-            description="Name the colours of each line of that text, too; auto does so for models "
-            "that were trained with them."
+            description="What is told of that text: its lines, these with their colours, or these "
+            "in the boxes on which they lie; a model is told what it was trained with at least."
         ),
-    ] = False
+    ] = "text"
     system: Annotated[str, Meta(description="System text; empty is the template's own.")] = ""
 
 

@@ -12,9 +12,9 @@ from typing import Literal
 import msgspec
 
 Role = Literal["system", "user", "assistant"]
-Hints = Literal["none", "text", "colors"]
-"""What a model is told about a picture in words: nothing, its lines of text, or those with their
-colours."""
+Hints = Literal["none", "text", "colors", "layout"]
+"""What a model is told about a picture in words: nothing, its lines of text, those with their
+colours, or those in the areas of one colour on which they lie."""
 
 RENDER_SOURCE = "w2c:render"
 """The `source` of a picture that shows a model how its own page looks; every other picture is one
@@ -27,6 +27,9 @@ class TextLine(msgspec.Struct, frozen=True):
     `box` is (left, top, right, bottom) in pixels of the opened image; `score` is the recogniser's
     confidence in 0..1. `ink` and `ground` are the colours (sRGB) of its letters and of what is
     behind them, or None when nobody looked.
+
+    Without `text` it is an area of one colour instead, as a card or a button: `ground` is its
+    colour and `ink` that of its border, None without one.
     """
 
     text: str

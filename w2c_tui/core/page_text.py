@@ -111,17 +111,27 @@ class TextBlock(msgspec.Struct):
     last: TextLine
     size: int
     """Height of one text line in pixels."""
+    num_lines: int = 1
 
 
-def paragraphs(lines: Sequence[TextLine]) -> list[TextBlock]:
-    """The lines joined into paragraphs, in the order of their first lines."""
+def paragraphs(
+    lines: Sequence[TextLine], *, large_px: int | None = None, most_apart: float = 0.35
+) -> list[TextBlock]:
+    """The lines joined into paragraphs, in the order of their first lines.
+
+    Lines that are `large_px` high or higher are those of headings: there is no menu so large, so
+    that they continue each other however short they are. `most_apart` is the largest distance
+    between lines that continue each other, in heights of a line.
+    """
     blocks: list[TextBlock] = []
     for line in lines:
         text = " ".join(line.text.split())
         if not text:
             continue
         # The latest blocks are the nearest above; two columns interleave in reading order.
-        block = next((b for b in reversed(blocks[-8:]) if _continues(b, line)), None)
+        block = next(
+            (b for b in reversed(blocks[-8:]) if _continues(b, line, large_px, most_apart)), None
+        )
         if block is None:
             blocks.append(TextBlock(text, line.box, line, line, line.box[3] - line.box[1]))
             continue
@@ -133,17 +143,19 @@ def paragraphs(lines: Sequence[TextLine]) -> list[TextBlock]:
             max(block.box[3], line.box[3]),
         )
         block.last = line
+        block.num_lines += 1
     return blocks
 
 
-def _continues(block: TextBlock, line: TextLine) -> bool:
+def _continues(block: TextBlock, line: TextLine, large_px: int | None, most_apart: float) -> bool:
     """Whether `line` looks like the next line of a wrapped paragraph that ends in `block.last`."""
     left, top, right, bottom = block.last.box
     height = line.box[3] - line.box[1]
+    is_large = large_px is not None and block.size >= large_px
     return (
-        len(block.last.text) >= MIN_WRAPPED_CHARS
+        (len(block.last.text) >= MIN_WRAPPED_CHARS or is_large)
         and abs(height - block.size) <= 0.2 * block.size
-        and -0.4 * block.size <= line.box[1] - bottom <= 0.35 * block.size
+        and -0.4 * block.size <= line.box[1] - bottom <= most_apart * block.size
         # A line that was wrapped fills its paragraph; a longer one below it is another thing.
         and line.box[2] - line.box[0] <= 1.15 * (block.box[2] - block.box[0])
         and _alike(block.last, line)

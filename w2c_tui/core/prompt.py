@@ -19,7 +19,7 @@ import msgspec
 
 from w2c_tui.core.conversation import Attachment, Message
 from w2c_tui.core.errors import PromptError
-from w2c_tui.core.page_text import format_page_text
+from w2c_tui.core.page_layout import described
 
 if TYPE_CHECKING:
     import jinja2
@@ -214,9 +214,9 @@ def _check(messages: Sequence[Message]) -> None:
 
 
 def user_content(message: Message) -> str:
-    """What a user message says to a model: the text found on its images, then its own."""
+    """What a user message says to a model: what was read off its images, then its own text."""
     blocks = [
-        format_page_text(image.page_text, (image.width, image.height))
+        described(image.page_text, (image.width, image.height))
         for image in message.attachments
         if image.page_text
     ]

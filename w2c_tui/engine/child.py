@@ -102,9 +102,9 @@ class Engine:
                     self._reply(wire.Emitted(ident, event))
             case wire.ReadText():
                 from w2c_tui.core.image import open_image
-                from w2c_tui.models.page_text import read_page_text
+                from w2c_tui.models.page_boxes import read_hints
 
-                lines = read_page_text(open_image(request.image), colors=request.colors)
+                lines = read_hints(open_image(request.image), request.hints)
                 return wire.Done(ident, lines=lines)
             case wire.Plan():
                 report = self._reporter(ident)

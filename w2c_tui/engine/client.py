@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 from w2c_tui.backends.base import Event, ModelInfo, Report
 from w2c_tui.core.config import DeviceShare, ExportSpec, GenerationParams, LoadSpec, checked
-from w2c_tui.core.conversation import Attachment, Message, TextLine
+from w2c_tui.core.conversation import Attachment, Hints, Message, TextLine
 from w2c_tui.core.errors import EngineCrashedError, EngineError, StoreError, error_named
 from w2c_tui.engine import wire
 from w2c_tui.export.outcome import Exported
@@ -88,12 +88,12 @@ class EngineClient:
                 if isinstance(reply, wire.Emitted):
                     yield reply.event
 
-    def read_text(self, image: Attachment, *, colors: bool = False) -> tuple[TextLine, ...]:
+    def read_text(self, image: Attachment, hints: Hints = "text") -> tuple[TextLine, ...]:
         """The lines of text on a screenshot, by text recognition in the engine process.
 
-        `colors`: with the colours of each line.
+        `hints`: with the colours of each line, or with the areas on which they lie, too.
         """
-        done = self._ask(lambda number: wire.ReadText(number, image, colors))
+        done = self._ask(lambda number: wire.ReadText(number, image, hints))
         return done.lines or ()
 
     def plan(self, spec: LoadSpec, report: Report | None = None) -> tuple[DeviceShare, ...]:

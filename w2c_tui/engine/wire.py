@@ -13,7 +13,7 @@ import msgspec
 
 from w2c_tui.backends.base import Event, ModelInfo
 from w2c_tui.core.config import DeviceShare, ExportSpec, GenerationParams, LoadSpec
-from w2c_tui.core.conversation import Attachment, Message, TextLine
+from w2c_tui.core.conversation import Attachment, Hints, Message, TextLine
 from w2c_tui.export.outcome import Exported
 
 
@@ -35,7 +35,7 @@ class Stream(msgspec.Struct, frozen=True, tag=True):
 class ReadText(msgspec.Struct, frozen=True, tag=True):
     request: int
     image: Attachment
-    colors: bool = False
+    hints: Hints = "text"
 
 
 class Plan(msgspec.Struct, frozen=True, tag=True):

@@ -42,10 +42,8 @@ MAX_SAMPLED_PIXELS = 40_000
 _lock = threading.Lock()
 
 
-def read_page_text(image: Image.Image, *, colors: bool = False) -> tuple[TextLine, ...]:
+def read_page_text(image: Image.Image) -> tuple[TextLine, ...]:
     """The lines of text on `image`, top to bottom and left to right within a row.
-
-    `colors`: with the colours of each line, read off `image` (see `with_colors`).
 
     Boxes are pixels of `image`, clipped to it. Time grows with the area, to about 30 s on two cores
     at the limit of `MAX_BANDS`; memory stays below 1 GB. Raises `MissingPackageError` without
@@ -66,8 +64,7 @@ def read_page_text(image: Image.Image, *, colors: bool = False) -> tuple[TextLin
             hint="Run without --ocr, or try a smaller or cropped screenshot.",
         ) from error
     lines = [line for raw in found if (line := _in_pixels(raw, scale, image.size))]
-    ordered = _in_reading_order(_without_icons(_without_repeats(lines)))
-    return with_colors(image, ordered) if colors else ordered
+    return _in_reading_order(_without_icons(_without_repeats(lines)))
 
 
 def with_colors(image: Image.Image, lines: Sequence[TextLine]) -> tuple[TextLine, ...]:

@@ -25,7 +25,7 @@ from textual.theme import Theme
 
 from w2c_tui.backends.base import ModelInfo
 from w2c_tui.core.config import GenerationParams, LoadSpec, Paths, Settings
-from w2c_tui.core.conversation import Attachment
+from w2c_tui.core.conversation import Attachment, Hints
 from w2c_tui.core.errors import EngineError, W2CError
 from w2c_tui.core.iteration import Iteration
 from w2c_tui.core.page_text import WITHOUT_TEXT, recognises_text
@@ -497,7 +497,7 @@ class W2CApp(App[int]):
             return True
         if self.info is None:
             return None
-        if self.info.hints_for("auto", False) == "none":
+        if self.info.hints_for("auto", "none") == "none":
             return False
         if not self.info.reads_images or recognises_text():
             return True
@@ -512,10 +512,10 @@ class W2CApp(App[int]):
         def work() -> None:
             found, problem = image, None
             try:
-                colors = self.settings.ocr_colors
+                hints: Hints = self.settings.ocr_hints
                 if self.info is not None:
-                    colors = self.info.hints_for("on", colors) == "colors"
-                lines = self.engine.read_text(image, colors=colors)
+                    hints = self.info.hints_for("on", hints)
+                lines = self.engine.read_text(image, hints)
                 found = msgspec.structs.replace(image, page_text=lines)
             except W2CError as error:
                 problem = error

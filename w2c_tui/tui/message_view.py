@@ -237,7 +237,8 @@ class Thumbnail(Horizontal):
         self._cells.styles.width = max(4, min(20, round(2 * rows * picture.width / picture.height)))
         text = f"[Image #{number}] {printable(picture.name)}\n{picture.width} x {picture.height} px"
         if picture.page_text is not None:
-            text += f"\n{len(picture.page_text)} lines of text read"
+            num_lines = sum(bool(line.text) for line in picture.page_text)
+            text += f"\n{num_lines} lines of text read"
         self._label = Static(text, markup=False)
 
     def compose(self) -> ComposeResult:

@@ -21,7 +21,7 @@ from textual.widgets import Button, Static
 from w2c_tui.backends.base import ModelInfo
 from w2c_tui.core.conversation import Attachment
 from w2c_tui.core.errors import W2CError
-from w2c_tui.core.page_text import format_page_text
+from w2c_tui.core.page_layout import described
 from w2c_tui.core.printable import printable
 from w2c_tui.core.store import StoredAttachment
 from w2c_tui.tui.picture import opened, picture_widget
@@ -45,7 +45,7 @@ def text_height(image: Attachment, info: ModelInfo) -> float | None:
 
     if info.image_spec is None:
         return None
-    lines = [line.box[3] - line.box[1] for line in image.page_text or ()]
+    lines = [line.box[3] - line.box[1] for line in image.page_text or () if line.text]
     height = median(lines) if lines else BODY_TEXT_PX
     return height * scale_of((image.width, image.height), info.image_spec)
 
@@ -163,10 +163,10 @@ class PicturePane(Vertical):
         lines = attachment.page_text
         if lines is None:
             text = "This model reads text only, and the text of this picture was not read yet."
-        elif not lines:
+        elif not any(line.text for line in lines):
             text = "No text was found on this picture, so this model learns nothing about it."
         else:
-            text = format_page_text(lines, (attachment.width, attachment.height))
+            text = described(lines, (attachment.width, attachment.height))
         return VerticalScroll(Static(printable(text), markup=False), can_focus=False)
 
     @on(Button.Pressed, "#eye")

@@ -83,6 +83,8 @@ def view_of_picture(
     found = attachment.page_text if lines is None else lines
     return View(
         picture=picture,
-        lines=None if found is None else tuple(Line(line.text, line.box) for line in found),
+        lines=None
+        if found is None
+        else tuple(Line(line.text, line.box) for line in found if line.text),
         page_height=picture.height,
     )
