@@ -40,6 +40,10 @@ MIN_FILLED, MIN_EDGE = 0.7, 0.7
 """An area fills its box by the first share, or runs along its edges by the second: what it then
 does not fill are the things that lie on it."""
 
+NOISE, MAX_NOISY = 10, 0.03
+"""Difference, in any channel, that a lossy format makes of one colour; and the share of neighbours
+that differ so little, but at all, up to which a picture did not go through one."""
+
 MAX_FRAME = 0.3
 """What fills less of its box than that, and next to nothing within its edges, is a border."""
 
@@ -76,17 +80,11 @@ def with_layout(image: Image.Image, lines: Sequence[TextLine]) -> tuple[TextLine
 def _areas(pixels: NDArray[np.uint8], lines: Sequence[TextLine]) -> list[TextLine]:
     height, width = pixels.shape[:2]
     step = -(-width // MAX_WIDTH_PX)
-    some = pixels[::step, ::step].astype(np.int32)
-    packed = some[..., 0] << 16 | some[..., 1] << 8 | some[..., 2]
     found = []
     at_edges: dict[RGB, int] = {}
-    values, counts = np.unique(packed, return_counts=True)
-    order = np.argsort(-counts, kind="stable")[:MAX_COLORS]
-    for value, count in zip(values[order].tolist(), counts[order].tolist(), strict=True):
-        if count < MIN_SHARE * packed.size:
-            break
-        color = _unpacked(value)
-        for left, top, right, bottom in _boxes(packed == value, step):
+    colors = list(_commonest(pixels[::step, ::step]))
+    for color, mask in colors:
+        for left, top, right, bottom in _boxes(mask, step):
             box = (left, top, min(right, width), min(bottom, height))
             if any(_is_of_letter(box, line.box) for line in lines):
                 continue
@@ -94,9 +92,42 @@ def _areas(pixels: NDArray[np.uint8], lines: Sequence[TextLine]) -> list[TextLin
                 at_edges[color] = at_edges.get(color, 0) + _size(box)
             found.append(TextLine("", box, ground=color))
     found.sort(key=lambda area: (-_size(area.box), area.box))
-    ground = max(at_edges, key=lambda color: at_edges[color]) if at_edges else (255, 255, 255)
+    ground = max(at_edges, key=lambda color: at_edges[color]) if at_edges else colors[0][0]
     page = TextLine("", (0, 0, width, height), ground=ground)
     return [page, *_with_borders(pixels, [page, *found[:MAX_AREAS]])]
+
+
+def _commonest(pixels: NDArray[np.uint8]) -> Iterator[tuple[RGB, NDArray[np.bool_]]]:
+    """Colours and where they are, the commonest first; at least one.
+
+    In pictures that went through a lossy format a colour is what is near to it.
+    """
+    signed = pixels.astype(np.int32)
+    packed = signed[..., 0] << 16 | signed[..., 1] << 8 | signed[..., 2]
+    steps = np.abs(np.diff(signed, axis=1)).max(axis=-1)
+    noisy = steps.size > 0 and ((steps > 0) & (steps <= NOISE)).mean() > MAX_NOISY
+    values, counts = np.unique(packed, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    if not noisy:
+        for at in order[:MAX_COLORS].tolist():
+            if counts[at] < MIN_SHARE * packed.size and at != order[0]:
+                break
+            yield _unpacked(values[at]), packed == values[at]
+        return
+    free = np.ones(packed.shape, dtype=bool)
+    taken: list[RGB] = []
+    for at in order.tolist():
+        color = _unpacked(values[at])
+        if (counts[at] < MIN_SHARE * packed.size and taken) or len(taken) == MAX_COLORS:
+            break
+        if any(
+            max(abs(a - b) for a, b in zip(color, other, strict=True)) <= NOISE for other in taken
+        ):
+            continue
+        near = free & (np.abs(signed - np.array(color)).max(axis=-1) <= NOISE)
+        free &= ~near
+        taken.append(color)
+        yield color, near
 
 
 def _boxes(mask: NDArray[np.bool_], step: int) -> Iterator[Box]:
