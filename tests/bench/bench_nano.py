@@ -7,7 +7,9 @@ Composed pages of a seed that training does not use, or real sections that `trai
 wrote to FOLDER, evenly spread; every page counts, failures as 0. The rows:
 
 - nano-hf, nano-f16, nano-q8_0: the model through transformers and through GGUF files
-- nano-zeroed, nano-shuffled: its picture grey, and that of another page, under the right text
+- nano-shuffled, nano-zeroed: the words and their places are right, and everything else that it is
+  told or shown comes from the picture of another page, or from a grey one
+- nano-blind: what it is told is right, and only what it sees is another page
 - untrained: SmolLM2 with the same text
 - rule: the text that recognition finds as one paragraph per line, with no model
 """
@@ -27,9 +29,9 @@ from pathlib import Path
 import msgspec
 from PIL import Image
 
-from trainer.pages.caption import colors_of
 from trainer.pages.write import Plan, make_pages, read_pages
-from w2c_tui.core.colors import distance, rgb
+from w2c_tui.backends.base import ModelInfo
+from w2c_tui.core.colors import RGB, distance
 from w2c_tui.core.config import GenerationParams, LoadSpec, RenderSettings, paths
 from w2c_tui.core.conversation import Attachment, Hints
 from w2c_tui.core.image import attachment_from_picture
@@ -39,13 +41,16 @@ from w2c_tui.evaluate.asking import Asker
 from w2c_tui.evaluate.journal import Journal, Run
 from w2c_tui.evaluate.run_wcgb import Write, Written, by_model, run_wcgb
 from w2c_tui.evaluate.wcgb import Page, PageResult, WcgbResult, load_pages
-from w2c_tui.web.render import Renderer
+from w2c_tui.models.page_boxes import with_layout
+from w2c_tui.web.render import PageSource, Renderer, window_for
+from w2c_tui.web.score import compare
 
 HELD_OUT_SEED = 990
 """Never trained on."""
 MODEL = "w2c-nano"
 VARIANTS = (
-    *("nano-hf", "nano-f16", "nano-q8_0", "nano-zeroed", "nano-shuffled", "untrained", "rule"),
+    *("nano-hf", "nano-f16", "nano-q8_0"),
+    *("nano-shuffled", "nano-zeroed", "nano-blind", "untrained", "rule"),
 )
 
 
@@ -95,32 +100,33 @@ def writer_of(
     variant: str, pages: Sequence[Page], engine: EngineClient, folder: Path, temperature: float
 ) -> Write:
     """What writes the pages of `variant`; its model is loaded."""
-    hints: Hints = "text" if variant in ("untrained", "rule") else "layout"
 
-    def read(path: Path) -> Attachment:
+    def read(path: Path, hints: Hints) -> Attachment:
         image = load_attachment(str(path))
         return msgspec.structs.replace(image, page_text=engine.read_text(image, hints))
 
     if variant == "rule":
-        return lambda page, number: Written(paragraphs(read(page.image)), True)
+        return lambda page, number: Written(paragraphs(read(page.image, "text")), True)
     spec = spec_of(variant, folder)
 
-    def load() -> object:
+    def load() -> ModelInfo:
         return engine.load(spec, lambda *_: None)
 
     load()
     others = {page.image: pages[at - 1].image for at, page in enumerate(pages)}
 
     def attach(path: Path) -> Attachment:
-        image = read(path)
+        if variant not in ("nano-shuffled", "nano-zeroed", "nano-blind"):
+            return read(path, "text" if variant == "untrained" else "layout")
+        image = read(path, "layout" if variant == "nano-blind" else "text")
         if variant == "nano-zeroed":
-            grey = Image.new("RGB", (image.width, image.height), "#808080")
-            seen = attachment_from_picture(grey, image.name, "")
-        elif variant == "nano-shuffled":
-            seen = load_attachment(str(others[path]))
+            other = Image.new("RGB", (image.width, image.height), "#808080")
         else:
-            return image
-        return msgspec.structs.replace(seen, page_text=image.page_text)
+            other = Image.open(others[path]).convert("RGB").resize((image.width, image.height))
+        lines = image.page_text or ()
+        told = lines if variant == "nano-blind" else with_layout(other, lines)
+        seen = attachment_from_picture(other, image.name, "")
+        return msgspec.structs.replace(seen, page_text=told)
 
     params = GenerationParams(temperature=temperature, max_new_tokens=1200, seed=0)
     return by_model(Asker(engine, load, params, threading.Event()), attach)
@@ -131,20 +137,43 @@ def paragraphs(image: Attachment) -> str:
     return f"<!DOCTYPE html>\n<html><body>\n{lines}\n</body></html>\n"
 
 
-def right_colors(pages: Sequence[Page], written: Path) -> float:
-    """The share of a page's colours, in the order of their first use, that the page written for it
-    uses at the same place, within a difference of 10 (CIE76)."""
+SAME = 10
+"""Difference (CIE 1976) up to which two colours are one."""
+
+
+def right_colors(pages: Sequence[Page], written: Path, renderer: Renderer) -> float:
+    """The share of colours that the page written for a page has where that uses them first.
+
+    Of each block of text, from top to bottom, the colours of its letters and of what is behind
+    them, unless a block above has them; right where the block's partner has them, too.
+    """
     right = asked = 0
     for page in pages:
         assert page.html is not None
-        expected = colors_of(page.html.read_text(encoding="utf-8"))
-        place = written / "pages" / f"{page.name}.html"
-        found = colors_of(place.read_text(encoding="utf-8")) if place.is_file() else []
-        asked += len(expected)
-        right += sum(
-            distance(rgb(one), rgb(other)) <= 10
-            for one, other in zip(expected, found, strict=False)
+        with Image.open(page.image) as picture:
+            width, height = window_for(picture.size, renderer.settings)
+        original = renderer.render(
+            PageSource(page.html.read_text("utf-8"), None, "", width, height)
         )
+        place = written / "pages" / f"{page.name}.html"
+        view = None
+        if place.is_file():
+            view = renderer.render(PageSource(place.read_text("utf-8"), None, "", width, height))
+        comparison = compare(original, view)
+        partners = {id(pair.reference): pair.candidate for pair in comparison.pairs}
+        blocks = [pair.reference for pair in comparison.pairs] + list(comparison.missing)
+        used: list[RGB] = []
+        for block in sorted(blocks, key=lambda block: (block.box[1], block.box[0])):
+            partner = partners.get(id(block))
+            for color, found in (
+                (block.background, partner.background if partner else None),
+                (block.color, partner.color if partner else None),
+            ):
+                if any(distance(color, other) <= SAME for other in used):
+                    continue
+                used.append(color)
+                asked += 1
+                right += found is not None and distance(color, found) <= SAME
     return right / asked if asked else 0.0
 
 
@@ -182,7 +211,7 @@ def main() -> None:
                 writer = writer_of(variant, pages, engine, given.out, given.temperature)
                 result = run_wcgb(pages, [writer], journal, renderer)
                 rows = journal.rows
-            print(line_of(variant, result, rows, right_colors(pages, folder)), flush=True)
+            print(line_of(variant, result, rows, right_colors(pages, folder, renderer)), flush=True)
             lowest = min(lowest, result.score)
     if lowest < given.at_least:
         sys.exit(f"{lowest:.3f} is below {given.at_least}.")

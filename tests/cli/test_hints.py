@@ -17,36 +17,47 @@ from w2c_tui.core.config import Settings
 from w2c_tui.core.conversation import Attachment, Message, TextLine
 from w2c_tui.core.prompt import PAGE_PROMPT, V1, render
 from w2c_tui.engine.client import EngineClient
+from w2c_tui.models.page_boxes import with_layout
 
 NANO = msgspec.structs.replace(INFO, hints="colors")
 
 
 @pytest.mark.parametrize(
-    ("hints", "sees", "ocr", "colors", "expected"),
+    ("hints", "sees", "ocr", "wanted", "expected"),
     [
-        ("none", True, "auto", False, "none"),
-        ("none", True, "auto", True, "none"),
-        ("none", False, "auto", False, "text"),
-        ("none", True, "on", True, "colors"),
-        ("text", True, "auto", False, "text"),
-        ("colors", True, "auto", False, "colors"),
-        ("colors", True, "on", False, "colors"),
-        ("colors", True, "off", True, "none"),
+        ("none", True, "auto", "text", "none"),
+        ("none", True, "auto", "layout", "none"),
+        ("none", False, "auto", "text", "text"),
+        ("none", True, "on", "colors", "colors"),
+        ("text", True, "auto", "text", "text"),
+        ("colors", True, "auto", "text", "colors"),
+        ("colors", True, "on", "layout", "layout"),
+        ("layout", True, "auto", "colors", "layout"),
+        ("colors", True, "off", "layout", "none"),
     ],
 )
-def test_a_model_is_told_what_it_was_trained_with(hints, sees, ocr, colors, expected):
+def test_a_model_is_told_what_it_was_trained_with(hints, sees, ocr, wanted, expected):
     info = msgspec.structs.replace(INFO, hints=hints, reads_images=sees)
-    assert info.hints_for(ocr, colors) == expected
+    assert info.hints_for(ocr, wanted) == expected
 
 
-def test_training_asks_what_the_application_asks():
+@pytest.mark.parametrize("hints", ["colors", "layout"])
+def test_training_asks_what_the_application_asks(hints, tmp_path: Path):
     lines = (
         TextLine("Welcome home", (100, 40, 420, 80), ink=(255, 255, 255), ground=(0, 0, 128)),
         TextLine("Sign in", (900, 44, 980, 70), ink=(20, 20, 20), ground=(250, 250, 250)),
     )
+    picture = Image.new("RGB", (1280, 960), (250, 250, 250))
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((60, 20, 500, 120), fill="navy")
+    draw.text((110, 44), "Welcome home", fill="white", font=ImageFont.load_default(36))
+    picture.save(tmp_path / "7.png")
     made = Made(7, "7.png", 1280, 960, "", "classes", "en", "", None, (), lines)
-    asked = question(made, "colors", "seed")
+    asked = question(made, hints, "seed", tmp_path)
     seen = as_recognised(lines, random.Random("w2c hints seed 7"))
+    if hints == "layout":
+        seen = with_layout(picture, seen)
+        assert "box 0 0 441 101 navy white" in asked
     assert "navy" in asked
     image = Attachment(b"...", "hash", 1280, 960, page_text=seen)
     segments = render([Message("user", PAGE_PROMPT, (image,))], V1, images=True)

@@ -164,6 +164,12 @@ def test_records_are_what_the_application_would_ask_and_pictures_hold_the_whole_
     assert (tmp_path / pages[0]["image"]).stat().st_mtime_ns == before
     plain = json.loads((tmp_path / "pages.json").read_text())
     assert "Text on the page" not in plain[0]["conversations"][0]["value"]
+    make(tmp_path, "--count", "3", "--seed", "7", "--hints", "layout")
+    outlined = json.loads((tmp_path / "pages.json").read_text())
+    for record, line in zip(outlined, rows(tmp_path), strict=True):
+        made, asked = json.loads(line), record["conversations"][0]["value"]
+        assert f"\npage {made['width']} {made['height']} " in asked
+        assert asked.count("\n ") >= 0.6 * len(made["lines"])
 
 
 def test_the_same_pixels_again_after_being_killed(tmp_path: Path) -> None:

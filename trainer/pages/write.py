@@ -184,14 +184,14 @@ def write_page_records(out: Path, pages: Sequence[Made], hints: Hints, prefix: s
     prompts: dict[Dialect, str] = {"inline": inline, "classes": PAGE_PROMPT}
 
     def record(made: Made) -> dict[str, Any]:
-        asked = question(made, hints, prefix, prompts[made.dialect], out)
+        asked = question(made, hints, prefix, out, prompts[made.dialect])
         return _record(prefix, made, asked, made.html)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         _write_list(out / "pages.json", list(pool.map(record, pages)))
 
 
-def question(made: Made, hints: Hints, seed: str, prompt: str, folder: Path) -> str:
+def question(made: Made, hints: Hints, seed: str, folder: Path, prompt: str = PAGE_PROMPT) -> str:
     """What the model is asked about the page, as the application would ask it.
 
     `folder` is where the page's picture is.
