@@ -5,6 +5,7 @@ Knows nothing about training; torch is loaded when everything on the command lin
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +83,8 @@ def _run(recipe: Recipe, resume: bool, export_gguf: Quant | None) -> int:
         # Before anything imports deepspeed, which else looks for devices and tells about it.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         keep_freed_memory()
+    # Which kernels it lacks, it tells as it is imported, even where nothing is quantised.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from trainer.loop import train
 
     try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
 import os
 import shutil
 import signal
@@ -185,7 +184,6 @@ def _quieten_libraries() -> None:
     """Keep what libraries say to their own developers off the terminal."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _free_port() -> int:

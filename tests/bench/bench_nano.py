@@ -41,7 +41,8 @@ from w2c_tui.evaluate.asking import Asker
 from w2c_tui.evaluate.journal import Journal, Run
 from w2c_tui.evaluate.run_wcgb import Write, Written, by_model, run_wcgb
 from w2c_tui.evaluate.wcgb import Page, PageResult, WcgbResult, load_pages
-from w2c_tui.models.page_boxes import with_layout
+from w2c_tui.models.page_boxes import areas_of
+from w2c_tui.models.page_text import with_colors
 from w2c_tui.web.render import PageSource, Renderer, window_for
 from w2c_tui.web.score import compare
 
@@ -112,21 +113,25 @@ def writer_of(
     def load() -> ModelInfo:
         return engine.load(spec, lambda *_: None)
 
-    load()
+    hints = load().hints_for("auto", "none")
     others = {page.image: pages[at - 1].image for at, page in enumerate(pages)}
 
     def attach(path: Path) -> Attachment:
-        if variant not in ("nano-shuffled", "nano-zeroed", "nano-blind"):
-            return read(path, "text" if variant == "untrained" else "layout")
-        image = read(path, "layout" if variant == "nano-blind" else "text")
-        if variant == "nano-zeroed":
-            other = Image.new("RGB", (image.width, image.height), "#808080")
-        else:
-            other = Image.open(others[path]).convert("RGB").resize((image.width, image.height))
+        image = read(path, hints)
         lines = image.page_text or ()
-        told = lines if variant == "nano-blind" else with_layout(other, lines)
+        if variant not in ("nano-shuffled", "nano-zeroed", "nano-blind"):
+            return image
+        size = (image.width, image.height)
+        if variant == "nano-zeroed":
+            other = Image.new("RGB", size, "#808080")
+        else:
+            other = Image.open(others[path]).convert("RGB").resize(size)
+        if variant != "nano-blind":
+            lines = with_colors(other, [line for line in lines if line.text])
+            if hints == "layout":
+                lines = (*areas_of(other, lines), *lines)
         seen = attachment_from_picture(other, image.name, "")
-        return msgspec.structs.replace(seen, page_text=told)
+        return msgspec.structs.replace(seen, page_text=lines)
 
     params = GenerationParams(temperature=temperature, max_new_tokens=1200, seed=0)
     return by_model(Asker(engine, load, params, threading.Event()), attach)

@@ -50,7 +50,7 @@ def test_a_box_without_letters_has_no_ink_and_one_outside_has_nothing() -> None:
 
 def test_recognition_brings_colours_when_asked(tmp_path: Path) -> None:
     pytest.importorskip("rapidocr", reason="text recognition is not installed")
-    from w2c_tui.models.page_boxes import read_hints
+    from w2c_tui.models.page_text import read_hints
 
     picture = Image.new("RGB", (800, 200), "maroon")
     font = ImageFont.load_default(36)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 
 import numpy as np
 import pytest
@@ -122,13 +123,50 @@ def test_entries_of_a_menu_that_were_read_as_one_line_are_told_apart() -> None:
     found = [line for line in with_layout(picture, [joined]) if line.text]
     apart = [line for line in with_layout(picture, parts) if line.text]
     assert [line.text for line in found] == ["Our team", "Blog"]
-    assert [line.box[::2] for line in found] == [line.box[::2] for line in apart]
+    assert [line.box for line in found] == [line.box for line in apart]
 
 
-def test_a_sentence_is_not_taken_apart() -> None:
+def test_an_entry_without_high_letters_is_as_large_as_its_neighbours() -> None:
     picture, draw = page()
-    line = written(draw, (40, 40), "A sentence with words in it, and more.")
-    assert [each.text for each in with_layout(picture, [line]) if each.text] == [line.text]
+    parts = [written(draw, (left, 40), text) for left, text in ((40, "news"), (130, "Gallery"))]
+    joined = TextLine("news Gallery", (*parts[0].box[:2], *parts[1].box[2:]))
+    first, second = (line for line in with_layout(picture, [joined]) if line.text)
+    assert abs(first.box[3] - first.box[1] - second.box[3] + second.box[1]) <= 3
+
+
+@pytest.mark.parametrize("font", [None, "DejaVuSansMono.ttf", "LiberationSans-Regular.ttf"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("A sentence with words in it, and more.", "we can use an iron saw as we run on"),
+        *("npm install the package", "i l i l i l"),
+    ],
+)
+def test_a_sentence_is_not_taken_apart(text: str, font: str | None) -> None:
+    picture, draw = page()
+    try:
+        loaded = ImageFont.truetype(font, 16) if font else ImageFont.load_default(16)
+    except OSError:
+        pytest.skip(f"{font} is not installed")
+    draw.text((40, 40), text, fill="black", font=loaded)
+    box = tuple(round(value) for value in draw.textbbox((40, 40), text, font=loaded))
+    line = TextLine(text, (box[0] - 7, box[1] - 5, box[2] + 6, box[3] + 4))
+    assert [each.text for each in with_layout(picture, [line]) if each.text] == [text]
+
+
+@pytest.mark.parametrize("height", [18, 20, 24, 40])
+def test_text_in_a_low_badge_and_at_the_edge_of_the_page_keeps_its_size(height: int) -> None:
+    picture, draw = page()
+    free = written(draw, (40, 200), "Type")
+    top = 300 + (height - 16) // 2 - 2
+    draw.rectangle((90, 300, 160, 300 + height - 1), fill=NAVY)
+    badge = written(draw, (100, top), "Type", fill="white")
+    corner = written(draw, (0, -3), "Type")
+    found = [line.box for line in with_layout(picture, [free, badge, corner]) if line.text]
+    heights = [bottom - top for _, top, _, bottom in found]
+    assert abs(heights[1] - heights[0]) <= 3
+    assert found[2][0] <= 1
+    assert all(0 <= top < bottom for _, top, _, bottom in found)
 
 
 def test_photographs_and_noise_do_no_harm() -> None:
@@ -154,6 +192,37 @@ def test_areas_of_a_jpeg_are_found(quality: int) -> None:
         and max(abs(a - b) for a, b in zip(ground, NAVY, strict=True)) <= 10
         for box, ground, _ in found[1:]
     )
+
+
+@pytest.mark.parametrize("quality", [75, 95])
+def test_colours_near_to_each_other_stay_apart_in_a_jpeg(quality: int) -> None:
+    picture, draw = page()
+    for left in (40, 280, 520):
+        draw.rectangle((left, 100, left + 199, 299), fill=CARD)
+        written(draw, (left + 20, 120), "A white card on a pale page")
+    for top in range(320, 500, 20):
+        written(draw, (40, top), "Letters that leave their traces around them and more of them")
+    data = io.BytesIO()
+    picture.save(data, "JPEG", quality=quality)
+    found = areas(Image.open(data).convert("RGB"))
+    cards = [box for box, ground, _ in found if min(ground) >= 253 and box[2] - box[0] < 300]
+    assert len([box for box in cards if box[2] - box[0] > 190]) == 3
+
+
+def test_a_gradient_is_no_sign_of_a_lossy_format() -> None:
+    picture, draw = page()
+    for left in range(800):
+        draw.line((left, 0, left, 149), fill=(left * 255 // 800, 80, 200))
+    draw.rectangle((40, 200, 300, 400), fill=CARD)
+    assert ((40, 200, 301, 401), CARD, None) in areas(picture)
+
+
+def test_a_picture_of_single_dots_takes_no_longer_than_others() -> None:
+    board = np.indices((2000, 2000)).sum(axis=0) % 2 * 255
+    picture = Image.fromarray(board.astype(np.uint8))
+    began = time.process_time()
+    assert len(areas(picture)) <= 65
+    assert time.process_time() - began < 20
 
 
 def test_the_smallest_picture_has_a_page() -> None:

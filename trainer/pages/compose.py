@@ -93,7 +93,7 @@ def _draw(
 
 
 def _typography(rng: random.Random) -> Iterator[str]:
-    """Size and distance of lines where they are not those of the browser, on half of all pages."""
+    """Size and distance of lines where they are not those of the browser, on most pages."""
     if rng.random() < 0.25:
         yield f"font-size:{rng.choice((14, 15, 17, 18))}px"
     if rng.random() < 0.45:

@@ -3,8 +3,8 @@
 The browser knows every line exactly and costs nothing extra; recognition takes seconds for a page.
 So that a model does not learn to rely on exactness, the lines get the faults that `rapidocr` was
 measured to make on such pages: neighbours joined, boxes too wide, now and then a letter wrong
-(`python -m tests.bench.bench_page_text`). Owns the faults; the form in which lines are put before a
-model is `core.page_text`, in training as in use.
+(`python -m tests.bench.bench_page_text`). Owns the faults; the forms in which lines are put before
+a model are `core.page_text` and `core.page_layout`, in training as in use.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def wub(
         model=settings.model.name,
         backend=choose_backend(settings.model),
         data=hashlib.sha256(data.read_bytes()).hexdigest(),
-        params=what_was_run(settings.model, settings.generation, settings.ocr),
+        params=what_was_run(settings.model, settings.generation, settings.ocr, settings.ocr_hints),
     )
     folder = out or Path(f"wub-{_stem(settings.model.name)}")
     specs = on_devices(settings.model, devices)
@@ -158,7 +158,9 @@ def wcgb(
             **(
                 {}
                 if predictions
-                else what_was_run(settings.model, settings.generation, settings.ocr)
+                else what_was_run(
+                    settings.model, settings.generation, settings.ocr, settings.ocr_hints
+                )
             ),
             "render": msgspec.to_builtins(settings.render),
             "judge": judge_model or judge_url,

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import click
 import msgspec
@@ -14,6 +14,7 @@ from w2c_tui.core.config import (
     ExportSpec,
     GenerationParams,
     LoadSpec,
+    OcrHints,
     RenderSettings,
     Settings,
     load_settings,
@@ -46,7 +47,7 @@ def generation_options(command: F) -> F:
     command = click.option("--ocr/--no-ocr", default=None, help=_describe(Settings, "ocr"))(command)
     command = click.option(
         "--ocr-hints",
-        type=click.Choice(["text", "colors", "layout"]),
+        type=click.Choice(get_args(OcrHints)),
         help=_describe(Settings, "ocr_hints"),
     )(command)
     return field_options(GenerationParams, "generation")(command)

@@ -237,6 +237,9 @@ class RenderSettings(
     ] = 0
 
 
+OcrHints = Literal["text", "colors", "layout"]
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All settings."""
 
@@ -254,7 +257,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         ),
     ] = "auto"
     ocr_hints: Annotated[
-        Literal["text", "colors", "layout"],
+        OcrHints,
         Meta(
             description="What is told of that text: its lines, these with their colours, or these "
             "in the boxes on which they lie; a model is told what it was trained with at least."

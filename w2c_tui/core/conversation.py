@@ -44,8 +44,9 @@ class Attachment(msgspec.Struct, frozen=True):
 
     `sha256` is the hash of `data` and the key of every cache: two attachments with the same bytes
     are the same image whatever their names. `width` and `height` are pixels after the EXIF
-    orientation was applied. `page_text` is what text recognition found, or None when it was not
-    asked for; it belongs to the conversation, so that every later turn shows the model the same.
+    orientation was applied. `page_text` is what text recognition found, with the areas of the page
+    where these were asked for, or None when nothing was; it belongs to the conversation, so that
+    every later turn shows the model the same.
     """
 
     data: bytes

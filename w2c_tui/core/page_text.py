@@ -1,7 +1,8 @@
 """The text of a screenshot as a block in the prompt: which words stand where, and how large.
 
-Owns the form in which recognised lines are put before a model, in training and in use alike, so
-every change here changes what trained models see. Knows nothing about how lines are recognised,
+Owns the form in which recognised lines alone are put before a model, in training and in use alike,
+so that every change here changes what trained models see (with the areas on which they lie:
+`core.page_layout`), and how lines become paragraphs. Knows nothing about how lines are recognised,
 about tokens or about templates.
 """
 

@@ -102,7 +102,7 @@ class Engine:
                     self._reply(wire.Emitted(ident, event))
             case wire.ReadText():
                 from w2c_tui.core.image import open_image
-                from w2c_tui.models.page_boxes import read_hints
+                from w2c_tui.models.page_text import read_hints
 
                 lines = read_hints(open_image(request.image), request.hints)
                 return wire.Done(ident, lines=lines)

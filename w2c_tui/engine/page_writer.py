@@ -45,7 +45,8 @@ def begun(
     questions = [message for message in messages if message.role == "user"]
     if len(questions) != 1 or questions[0].text != PAGE_PROMPT:
         return None
-    image = next((image for image in questions[0].attachments if image.page_text), None)
+    images = questions[0].attachments
+    image = next((i for i in images if any(line.text for line in i.page_text or ())), None)
     if image is None:
         return None
     asked = begun_page(image)

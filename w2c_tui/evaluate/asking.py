@@ -121,11 +121,13 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def what_was_run(spec: LoadSpec, params: GenerationParams, ocr: str) -> dict[str, object]:
+def what_was_run(
+    spec: LoadSpec, params: GenerationParams, ocr: str, ocr_hints: str
+) -> dict[str, object]:
     """All settings that change answers, as plain data for `journal.Run`."""
     model = {
         key: value
         for key, value in msgspec.to_builtins(spec).items()
         if key not in ("name", "threads", "max_memory", "offload_folder")
     }
-    return {**model, **msgspec.to_builtins(params), "ocr": ocr}
+    return {**model, **msgspec.to_builtins(params), "ocr": ocr, "ocr_hints": ocr_hints}

@@ -1,13 +1,15 @@
 """Areas of one colour on a screenshot: bands, cards, buttons, fields, pictures' place holders.
 
-Owns how they are found, by connected pixels of one colour, and where exactly recognised lines are,
-by their ink. Knows nothing about recognition and nothing about prompts;
-what is made of lines and areas is `core.page_layout`.
+Owns how they are found, by connected pixels of one colour, and where exactly lines of text are, by
+their ink. Knows nothing about how text is recognised and nothing about prompts; what is made of
+lines and areas is `core.page_layout`.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
+import statistics
 from collections.abc import Iterator, Sequence
 
 import msgspec
@@ -17,9 +19,9 @@ from PIL import Image
 from scipy import ndimage
 
 from w2c_tui.core.colors import RGB
-from w2c_tui.core.conversation import Hints, TextLine
+from w2c_tui.core.conversation import TextLine
 from w2c_tui.core.page_layout import LINE_HEIGHT
-from w2c_tui.models.page_text import read_page_text, with_colors
+from w2c_tui.models.page_text import with_colors
 
 Box = tuple[int, int, int, int]
 
@@ -29,8 +31,8 @@ MAX_COLORS = 16
 MIN_SHARE = 0.0004
 """Of the page, that a colour covers at least."""
 
-MAX_WIDTH_PX = 2000
-"""Wider screenshots are looked at with every second, third, ... pixel."""
+MAX_PIXELS = 8_000_000
+"""Of larger screenshots every second, third, ... pixel is looked at."""
 
 MIN_SIDE_PX, MIN_THIN_PX = 12, 3
 """Sides of the smallest area; of stripes the shorter one, where the other is `MIN_STRIPE_PX`."""
@@ -40,9 +42,15 @@ MIN_FILLED, MIN_EDGE = 0.7, 0.7
 """An area fills its box by the first share, or runs along its edges by the second: what it then
 does not fill are the things that lie on it."""
 
-NOISE, MAX_NOISY = 10, 0.03
-"""Difference, in any channel, that a lossy format makes of one colour; and the share of neighbours
-that differ so little, but at all, up to which a picture did not go through one."""
+NOISE, MAX_NOISY = 10, 0.015
+"""Difference, in any channel, that a lossy format makes of one colour; and the share of pixels that
+differ so little, but at all, from their neighbours in pictures that went through one."""
+
+MIN_PEAK = 0.1
+"""Of the count of a colour, that a colour near to it has if it is one of its own."""
+
+MIN_AREA_PIXELS = 40
+"""Areas have more pixels, whatever lies on them."""
 
 MAX_FRAME = 0.3
 """What fills less of its box than that, and next to nothing within its edges, is a border."""
@@ -52,87 +60,107 @@ MAX_AREAS = 64
 MAX_BORDER_PX = 5
 
 
-def read_hints(image: Image.Image, hints: Hints) -> tuple[TextLine, ...]:
-    """What a model is told about `image`, by text recognition. Raises as `read_page_text` does."""
-    lines = read_page_text(image)
-    if hints == "layout":
-        return with_layout(image, lines)
-    return with_colors(image, lines) if hints == "colors" else lines
-
-
 def with_layout(image: Image.Image, lines: Sequence[TextLine]) -> tuple[TextLine, ...]:
-    """The areas of one colour on `image`, then `lines` with their colours and in the boxes that
-    their fonts give them.
+    """`areas_of` the image, then its `lines` as `in_place` makes them. Boxes are pixels of `image`.
+
+    About 0.1 s for a page of 1280 × 1000 px.
+    """
+    areas = areas_of(image, lines)
+    return (*areas, *in_place(image, lines, areas))
+
+
+def areas_of(image: Image.Image, lines: Sequence[TextLine]) -> tuple[TextLine, ...]:
+    """The areas of one colour on `image`, the larger before the smaller.
 
     An area is a line without text: `ground` is its colour and `ink` that of its border, if it has
-    one, which then belongs to its box. Boxes are pixels of `image`. The first area is the whole
-    page in the colour of its edges, then come the larger before the smaller. About 0.1 s for a page
-    of 1280 × 1000 px.
+    one, which then belongs to its box. The first is the whole page in the colour of its edges. What
+    are letters of `lines` are no areas.
     """
     pixels = np.asarray(image.convert("RGB"))
-    areas = _areas(pixels, lines)
-    smallest_first = sorted(areas, key=lambda area: _size(area.box))
-    inside = [_inside(line, smallest_first) for line in lines]
-    colored = with_colors(image, inside)
-    return (*areas, *(part for line in colored for part in _drawn_in(pixels, line)))
-
-
-def _areas(pixels: NDArray[np.uint8], lines: Sequence[TextLine]) -> list[TextLine]:
     height, width = pixels.shape[:2]
-    step = -(-width // MAX_WIDTH_PX)
+    step = max(math.ceil(math.sqrt(width * height / MAX_PIXELS)), 1)
     found = []
     at_edges: dict[RGB, int] = {}
-    colors = list(_commonest(pixels[::step, ::step]))
+    colors = _commonest(pixels[::step, ::step])
     for color, mask in colors:
         for left, top, right, bottom in _boxes(mask, step):
             box = (left, top, min(right, width), min(bottom, height))
-            if any(_is_of_letter(box, line.box) for line in lines):
-                continue
+            found.append(TextLine("", box, ground=color))
             if left == 0 or right >= width:
                 at_edges[color] = at_edges.get(color, 0) + _size(box)
-            found.append(TextLine("", box, ground=color))
     found.sort(key=lambda area: (-_size(area.box), area.box))
+    found = [
+        area
+        for area in found[: 4 * MAX_AREAS]
+        if not any(_is_of_letter(area.box, line.box) for line in lines)
+    ]
     ground = max(at_edges, key=lambda color: at_edges[color]) if at_edges else colors[0][0]
     page = TextLine("", (0, 0, width, height), ground=ground)
-    return [page, *_with_borders(pixels, [page, *found[:MAX_AREAS]])]
+    return (page, *_with_borders(pixels, [page, *found[:MAX_AREAS]]))
 
 
-def _commonest(pixels: NDArray[np.uint8]) -> Iterator[tuple[RGB, NDArray[np.bool_]]]:
+def _commonest(pixels: NDArray[np.uint8]) -> list[tuple[RGB, NDArray[np.bool_]]]:
     """Colours and where they are, the commonest first; at least one.
 
-    In pictures that went through a lossy format a colour is what is near to it.
+    In pictures that went through a lossy format a colour is what is nearest to it.
     """
-    signed = pixels.astype(np.int32)
-    packed = signed[..., 0] << 16 | signed[..., 1] << 8 | signed[..., 2]
-    steps = np.abs(np.diff(signed, axis=1)).max(axis=-1)
-    noisy = steps.size > 0 and ((steps > 0) & (steps <= NOISE)).mean() > MAX_NOISY
+    packed = np.zeros(pixels.shape[:2], dtype=np.int32)
+    for channel in range(3):
+        packed <<= 8
+        packed |= pixels[..., channel]
     values, counts = np.unique(packed, return_counts=True)
     order = np.argsort(-counts, kind="stable")
-    if not noisy:
-        for at in order[:MAX_COLORS].tolist():
-            if counts[at] < MIN_SHARE * packed.size and at != order[0]:
-                break
-            yield _unpacked(values[at]), packed == values[at]
-        return
-    free = np.ones(packed.shape, dtype=bool)
-    taken: list[RGB] = []
-    for at in order.tolist():
-        color = _unpacked(values[at])
-        if (counts[at] < MIN_SHARE * packed.size and taken) or len(taken) == MAX_COLORS:
+    if not _is_lossy(pixels):
+        enough = [at for at in order[:MAX_COLORS] if counts[at] >= MIN_SHARE * packed.size]
+        return [(_unpacked(values[at]), packed == values[at]) for at in enough or order[:1]]
+    peaks: list[tuple[RGB, int]] = []
+    for at in order:
+        if (counts[at] < MIN_SHARE * packed.size and peaks) or len(peaks) == MAX_COLORS:
             break
-        if any(
-            max(abs(a - b) for a, b in zip(color, other, strict=True)) <= NOISE for other in taken
+        color = _unpacked(values[at])
+        # What a lossy format makes of a colour is far rarer than the colour.
+        if not any(
+            _apart_by(color, other) <= NOISE and counts[at] < MIN_PEAK * count
+            for other, count in peaks
         ):
-            continue
-        near = free & (np.abs(signed - np.array(color)).max(axis=-1) <= NOISE)
-        free &= ~near
-        taken.append(color)
-        yield color, near
+            peaks.append((color, int(counts[at])))
+    nearest = np.full(packed.shape, -1, dtype=np.int8)
+    best = np.full(packed.shape, NOISE + 1, dtype=np.int16)
+    for number, (color, _) in enumerate(peaks):
+        apart = np.abs(pixels.astype(np.int16) - np.array(color, dtype=np.int16)).max(axis=-1)
+        nearest[apart < best] = number
+        np.minimum(best, apart, out=best)
+    return [(color, nearest == number) for number, (color, _) in enumerate(peaks)]
+
+
+def _is_lossy(pixels: NDArray[np.uint8]) -> bool:
+    """Whether many neighbours differ a little, both to the side and downwards.
+
+    Gradients along one side do so in one direction only.
+    """
+    if min(pixels.shape[:2]) < 2:
+        return False
+    little = [
+        (steps > 0) & (steps <= NOISE)
+        for steps in (
+            np.abs(np.diff(pixels.astype(np.int16), axis=axis)).max(axis=-1) for axis in (0, 1)
+        )
+    ]
+    return bool((little[0][:, 1:] & little[1][1:]).mean() > MAX_NOISY)
+
+
+def _apart_by(one: RGB, other: RGB) -> int:
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
 def _boxes(mask: NDArray[np.bool_], step: int) -> Iterator[Box]:
     """Box of each rectangle of `mask`."""
     labels, _ = ndimage.label(mask)
+    # Most are specks: they would each become a place.
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    large = sizes >= MIN_AREA_PIXELS / step
+    labels = np.where(large, np.cumsum(large), 0).astype(np.int32)[labels]
     side, thin, stripe = (max(px // step, 1) for px in (MIN_SIDE_PX, MIN_THIN_PX, MIN_STRIPE_PX))
     for number, place in enumerate(ndimage.find_objects(labels), start=1):
         rows, columns = place
@@ -220,29 +248,46 @@ line has above it, in em, as most fonts of pages have them."""
 LOW = frozenset("gjpqyQ,;()[]{}|@$çş_/")
 SMALL = frozenset("acegmnopqrsuvwxyz")
 
-MIN_APART = 0.7
-"""Gap between two entries of a menu, in heights of their letters; spaces have half as much."""
+MIN_APART_EM, SURELY_APART_EM, TIMES_APART = 0.7, 1.05, 1.5
+"""The smallest gap between two entries of a menu, and that which needs not be so many times wider
+than the other gaps of the line: spaces have half as much, but those of typewriter fonts more."""
 
 MAX_INKED = 0.9
 """Of a row of pixels; more is no letter but the edge of something."""
 
+CLEAR_PX, CLEAR_SHARE = 4, 8
+"""What is this near to the edge of an area is its frame, or a round corner of it; in low areas the
+second, as a divisor of their height."""
 
-CLEAR_PX = 4
-"""What is this near to the edge of an area is its frame, or a round corner of it."""
+
+def in_place(
+    image: Image.Image, lines: Sequence[TextLine], areas: Sequence[TextLine]
+) -> tuple[TextLine, ...]:
+    """`lines` with their colours, in the boxes that their fonts give them.
+
+    Recognisers draw boxes that are too wide, and read neighbours as one line, which are lines of
+    their own again. `areas` are those of the image.
+    """
+    pixels = np.asarray(image.convert("RGB"))
+    smallest_first = sorted(areas[1:], key=lambda area: _size(area.box))
+    colored = with_colors(image, [_inside(line, areas[0], smallest_first) for line in lines])
+    return tuple(part for line in colored for part in _refined(pixels, line))
 
 
-def _inside(line: TextLine, areas: Sequence[TextLine]) -> TextLine:
-    """`line` without what of its box is beyond the smallest of `areas` that it is on."""
+def _inside(line: TextLine, page: TextLine, areas: Sequence[TextLine]) -> TextLine:
+    """`line` without what of its box is beyond the first of `areas` that it is on."""
     left, top, right, bottom = line.box
     x, y = (left + right) / 2, (top + bottom) / 2
     for area in areas:
         around = area.box
         if around[0] < x < around[2] and around[1] < y < around[3]:
+            clear = min(CLEAR_PX, (around[3] - around[1]) // CLEAR_SHARE)
+            # The edges of the page are no frames.
             box = (
-                max(left, around[0] + CLEAR_PX),
-                max(top, around[1] + CLEAR_PX),
-                min(right, around[2] - CLEAR_PX),
-                min(bottom, around[3] - CLEAR_PX),
+                max(left, around[0] + clear) if around[0] else left,
+                max(top, around[1] + clear) if around[1] else top,
+                min(right, around[2] - clear) if around[2] < page.box[2] else right,
+                min(bottom, around[3] - clear) if around[3] < page.box[3] else bottom,
             )
             if box[0] < box[2] and box[1] < box[3]:
                 return msgspec.structs.replace(line, box=box)
@@ -250,7 +295,7 @@ def _inside(line: TextLine, areas: Sequence[TextLine]) -> TextLine:
     return line
 
 
-def _drawn_in(pixels: NDArray[np.uint8], line: TextLine) -> list[TextLine]:
+def _refined(pixels: NDArray[np.uint8], line: TextLine) -> list[TextLine]:
     if line.ground is None or line.ink is None:
         return [line]
     left, top, right, bottom = line.box
@@ -259,52 +304,63 @@ def _drawn_in(pixels: NDArray[np.uint8], line: TextLine) -> list[TextLine]:
     apart = np.abs(part - np.array(line.ground)).sum(axis=-1)
     whole = int(np.abs(np.subtract(line.ink, line.ground)).sum())
     ink = apart >= max(min(MIN_INK, whole // 2), 1)
-    # A row or column of nothing but ink is an edge of something and no letter.
-    rows = _main_run(np.where(ink.mean(axis=1) < MAX_INKED, ink.sum(axis=1), 0))
+    rows = _letters(ink)
     if rows is None:
         return [line]
-    inked = ink[rows].any(axis=0)
-    if not inked.any():
-        return [line]
-    top, bottom = top + rows.start, top + rows.stop
-    return [
-        msgspec.structs.replace(
-            line, text=text, box=_as_set(text, (left + start, top, left + stop, bottom))
-        )
-        for text, start, stop in _apart(
-            line.text.split(), inked, MIN_APART * (rows.stop - rows.start)
-        )
-    ]
+    em = _em(line.text, rows.stop - rows.start)
+    found = []
+    for text, start, stop in _entries(line.text.split(), ink[rows].any(axis=0), em):
+        # An entry without high letters is lower than its neighbours.
+        inside = _letters(ink[rows, start:stop]) or slice(0, rows.stop - rows.start)
+        above = top + rows.start
+        box = (left + start, above + inside.start, left + stop, above + inside.stop)
+        found.append(msgspec.structs.replace(line, text=text, box=_as_set(text, box, len(pixels))))
+    return found or [line]
 
 
-def _as_set(text: str, ink: Box) -> Box:
-    """The box of a whole line as its font sets it, by that of its ink: letters differ in height."""
-    letters = [letter for letter in text if not letter.isspace()]
-    low = BELOW_EM if any(letter in LOW for letter in letters) else 0
-    em = (ink[3] - ink[1]) / ((SMALL_EM if SMALL.issuperset(letters) else CAP_EM) + low)
-    top = round(ink[3] - (low + ABOVE_EM) * em)
-    return ink[0], top, ink[2], top + round(LINE_HEIGHT * em)
+def _letters(ink: NDArray[np.bool_]) -> slice | None:
+    """The rows of `ink` in which the letters of one line are; None without any."""
+    return _main_run(np.where(ink.mean(axis=1) <= MAX_INKED, ink.sum(axis=1), 0))
 
 
-def _apart(
-    words: list[str], inked: NDArray[np.bool_], min_apart: float
+def _entries(
+    words: list[str], inked: NDArray[np.bool_], em: float
 ) -> Iterator[tuple[str, int, int]]:
     """Texts with their first and last column: the words of a line, in as many groups as there are.
 
-    Recognisers read the entries of a menu as one line. The widest gaps are those between words, and
-    of these such as are wider than any space are between entries.
+    The widest gaps are those between words, and of these such as are wider than any space are
+    between the entries of a menu, which recognisers read as one line.
     """
     edges = np.flatnonzero(np.diff(np.concatenate([[0], inked, [0]]).astype(int)))
     runs = edges.reshape(-1, 2).tolist()
+    if not runs:
+        return
     gaps = [after[0] - before[1] for before, after in itertools.pairwise(runs)]
     between = sorted(sorted(range(len(gaps)), key=lambda at: -gaps[at])[: len(words) - 1])
     start, first = runs[0][0], 0
-    if len(between) == len(words) - 1:
+    if len(words) > 1 and len(between) == len(words) - 1:
+        usual = statistics.median(gaps[gap] for gap in between)
         for word, gap in enumerate(between, start=1):
-            if gaps[gap] > min_apart:
+            stands_out = gaps[gap] >= min(TIMES_APART * usual, SURELY_APART_EM * em)
+            if gaps[gap] >= MIN_APART_EM * em and stands_out:
                 yield " ".join(words[first:word]), start, runs[gap][1]
                 start, first = runs[gap + 1][0], word
     yield " ".join(words[first:]), start, runs[-1][1]
+
+
+def _em(text: str, ink_height: int) -> float:
+    """The size of letters whose ink is so high: they differ in height."""
+    letters = {letter for letter in text if not letter.isspace()}
+    low = BELOW_EM if letters & LOW else 0
+    return ink_height / ((SMALL_EM if letters <= SMALL else CAP_EM) + low)
+
+
+def _as_set(text: str, ink: Box, page_height: int) -> Box:
+    """The box of a whole line as its font sets it, by that of its ink."""
+    em = _em(text, ink[3] - ink[1])
+    foot = ink[3] - (BELOW_EM * em if set(text) & LOW else 0)
+    top = round(foot - ABOVE_EM * em)
+    return ink[0], max(top, 0), ink[2], min(top + round(LINE_HEIGHT * em), page_height)
 
 
 def _main_run(inked: NDArray[np.int64]) -> slice | None:

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 from PIL import Image
 
-from w2c_tui.core.conversation import TextLine
+from w2c_tui.core.conversation import Hints, TextLine
 from w2c_tui.core.errors import ImageError, MissingPackageError, W2CError
 
 MIN_SCORE = 0.65
@@ -65,6 +65,17 @@ def read_page_text(image: Image.Image) -> tuple[TextLine, ...]:
         ) from error
     lines = [line for raw in found if (line := _in_pixels(raw, scale, image.size))]
     return _in_reading_order(_without_icons(_without_repeats(lines)))
+
+
+def read_hints(image: Image.Image, hints: Hints) -> tuple[TextLine, ...]:
+    """What a model is told about `image`: its lines as `read_page_text` finds them, with their
+    colours, or with the areas on which they lie (`page_boxes.with_layout`)."""
+    lines = read_page_text(image)
+    if hints == "layout":
+        from w2c_tui.models.page_boxes import with_layout
+
+        return with_layout(image, lines)
+    return with_colors(image, lines) if hints == "colors" else lines
 
 
 def with_colors(image: Image.Image, lines: Sequence[TextLine]) -> tuple[TextLine, ...]:

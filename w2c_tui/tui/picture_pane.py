@@ -55,7 +55,8 @@ def warning(image: Attachment, info: ModelInfo | None) -> str:
     if info is None or not info.reads_images:
         return ""
     height = text_height(image, info)
-    if height is None or height >= READABLE_PX or image.page_text:
+    read = any(line.text for line in image.page_text or ())
+    if height is None or height >= READABLE_PX or read:
         return ""
     return f"Text is about {height:.0f} px high for this model: too small to read."
 
@@ -163,7 +164,7 @@ class PicturePane(Vertical):
         lines = attachment.page_text
         if lines is None:
             text = "This model reads text only, and the text of this picture was not read yet."
-        elif not any(line.text for line in lines):
+        elif not lines:
             text = "No text was found on this picture, so this model learns nothing about it."
         else:
             text = described(lines, (attachment.width, attachment.height))
