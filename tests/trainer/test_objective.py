@@ -11,7 +11,7 @@ from trainer import objective as objective_module
 from trainer.batches import Collator, examples_of
 from trainer.dataset import open_dataset
 from trainer.model import build, describe
-from trainer.objective import Objective, SupervisedHead, attention_for
+from trainer.objective import Objective, SupervisedHead, attention_for, packed_attention
 from trainer.recipes import named
 
 
@@ -68,6 +68,25 @@ def test_every_layout_has_the_loss_and_gradient_of_single_samples(prepared, name
     assert together[0] == pytest.approx(alone[0], rel=1e-5)
     for parameter, gradient in alone[1].items():
         torch.testing.assert_close(together[1][parameter], gradient, rtol=1e-3, atol=1e-4)
+
+
+def test_attention_on_a_cpu_is_that_of_torch_in_half_precision_too():
+    lengths = (300, 17, 513)
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 3, True
+    torch.manual_seed(0)
+    # As under autocast: positions are turned in float32, values are in half precision.
+    query, key, value = (torch.randn(1, heads, sum(lengths), 16) for heads in (6, 2, 2))
+    given = {"scaling": 0.25, "sample_lengths": lengths}
+    exact, _ = packed_attention(module, query, key, value, None, **given)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half, _ = packed_attention(module, query, key, value.bfloat16(), None, **given)
+        torchs, _ = packed_attention(
+            module, query, key, value.bfloat16(), None, **given, dropout=1e-9
+        )
+    assert half.dtype == torch.bfloat16
+    assert (half - exact).abs().max() <= 2 * (torchs - exact).abs().max()
+    assert (half - exact).abs().max() < 0.05
 
 
 def test_the_loss_is_that_of_transformers_own_forward(prepared):

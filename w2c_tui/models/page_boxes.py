@@ -342,7 +342,8 @@ def _entries(
         usual = statistics.median(gaps[gap] for gap in between)
         for word, gap in enumerate(between, start=1):
             stands_out = gaps[gap] >= min(TIMES_APART * usual, SURELY_APART_EM * em)
-            if gaps[gap] >= MIN_APART_EM * em and stands_out:
+            goes_on = words[word - 1].endswith((",", ";"))
+            if gaps[gap] >= MIN_APART_EM * em and stands_out and not goes_on:
                 yield " ".join(words[first:word]), start, runs[gap][1]
                 start, first = runs[gap + 1][0], word
     yield " ".join(words[first:]), start, runs[-1][1]
