@@ -133,11 +133,15 @@ class RunFolder:
                 f"{known} cannot be read: {error}.", hint="Name a new folder with --out."
             ) from error
         now = msgspec.to_builtins(self.recipe)
+        newest = self.newest()
+        # A run may end where it stands: no step is done otherwise than planned.
+        ends = newest is not None and newest.name == f"checkpoint-{self.recipe.max_steps}"
+        free = _FREE | {"max_steps"} if ends else _FREE
         changed = [
             f"{field} was {before.get(field)!r} and is {now[field]!r}"
             for field in now
             # A field that the run's version did not know had its default's meaning.
-            if field not in _FREE
+            if field not in free
             and field in before
             and before[field] != json.loads(json.dumps(now[field]))
         ]

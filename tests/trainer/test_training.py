@@ -31,7 +31,7 @@ from tests.trainer.conftest import launch, losses
 from trainer import tiny
 from trainer.batches import examples_of
 from trainer.dataset import open_dataset
-from trainer.loop import start_processes, train, zero_config
+from trainer.loop import TRAINED_NAME, start_processes, train, zero_config
 from trainer.model import add_adapters, build, describe
 from trainer.monitor import TrainingStopped
 from trainer.recipes import named, resolve
@@ -251,6 +251,24 @@ def test_sigterm_saves_and_stops_and_resume_gives_the_same_curve(prepared, tmp_p
         assert torch.equal(weights(result)[name], parameter)
     with pytest.raises(ConfigError, match="finished"):
         train(recipe, resume=True)
+
+
+def test_a_stopped_run_can_end_where_it_stands(prepared, tmp_path):
+    run = tmp_path / "run"
+    recipe = recipe_for("pretrain", prepared("pages", "pretrain"), run, epochs=12)
+    when_step(run, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert train(recipe) is None
+    stopped = max(losses(run))
+    state = load_file(run / f"checkpoint-{stopped}" / TRAINED_NAME)
+    with pytest.raises(ConfigError, match="max_steps was"):
+        train(msgspec.structs.replace(recipe, max_steps=stopped - 1), resume=True)
+    result = train(msgspec.structs.replace(recipe, max_steps=stopped), resume=True)
+    assert result == run / "model"
+    assert max(losses(run)) == stopped
+    made = weights(result)
+    for name, tensor in state.items():
+        part = name.split("multi_modal_projector.")[1]
+        assert torch.equal(made[next(n for n in made if n.endswith(part))], tensor)
 
 
 def test_sigusr1_saves_and_goes_on(prepared, tmp_path):
