@@ -7,9 +7,9 @@ Composed pages of a seed that training does not use, or real sections that `trai
 wrote to FOLDER, evenly spread; every page counts, failures as 0. The rows:
 
 - nano-hf, nano-f16, nano-q8_0: the model through transformers and through GGUF files
-- nano-shuffled, nano-zeroed: the words and their places are right, and everything else that it is
-  told or shown comes from the picture of another page, or from a grey one
-- nano-blind: what it is told is right, and only what it sees is another page
+- nano-shuffled, nano-zeroed: q8_0 with the right words at the right places, while everything else
+  that it is told or shown comes from the picture of another page, or from a grey one
+- nano-blind: q8_0 that is told what is right, and only sees another page
 - untrained: SmolLM2 with the same text
 - rule: the text that recognition finds as one paragraph per line, with no model
 """
@@ -85,7 +85,7 @@ def _pairs(pages: Sequence[tuple[str, str]], source: Path, folder: Path) -> list
 
 
 def spec_of(variant: str, folder: Path) -> LoadSpec:
-    if variant == "nano-q8_0":
+    if variant in ("nano-q8_0", "nano-shuffled", "nano-zeroed", "nano-blind"):
         return LoadSpec(name=MODEL, backend="gguf")
     if variant == "nano-f16":
         found = list(folder.glob("*-f16.gguf"))
