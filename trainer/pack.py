@@ -206,7 +206,9 @@ def _compare(folder: Path, result: Any, report: Report) -> dict[str, float]:
     return apart
 
 
-@click.command(epilog="Example: python -m trainer.pack runs/nano-2 --out w2c_tui/assets/w2c-nano")
+@click.command(
+    epilog="Example: python -m trainer.pack runs/nano-2 --out models/nano --hints layout"
+)
 @click.argument("source", metavar="RUN", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="A new folder.")
 @click.option(

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from w2c_tui import __version__
-from w2c_tui.cli.options import generation_options, model_options, settings_from
+from w2c_tui.cli.flags import generation_options, model_options, settings_from
 from w2c_tui.console import run
 
 

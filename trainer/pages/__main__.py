@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-import typing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import click
 import msgspec
@@ -51,7 +50,7 @@ _Widths = Annotated[
 )
 @click.option(
     "--hints",
-    type=click.Choice(typing.get_args(Hints)),
+    type=click.Choice(get_args(Hints)),
     default="text",
     show_default=True,
     help="Put into the question: nothing, the text on the page, the text with its colours, or the "

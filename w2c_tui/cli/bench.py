@@ -13,7 +13,7 @@ import click
 import msgspec
 
 from w2c_tui.backends.choice import choose_backend
-from w2c_tui.cli.options import model_options, settings_from
+from w2c_tui.cli.flags import model_options, settings_from
 from w2c_tui.console.options import F, field_options
 from w2c_tui.console.terminal import say, say_json
 from w2c_tui.core.config import GenerationParams, Settings

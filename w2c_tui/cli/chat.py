@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from w2c_tui.backends.base import Finished, ModelInfo, Text, Trimmed
-from w2c_tui.cli.options import generation_options, model_options, settings_from
+from w2c_tui.cli.flags import generation_options, model_options, settings_from
 from w2c_tui.console.terminal import say
 from w2c_tui.core.config import Settings
 from w2c_tui.core.conversation import Attachment, Message

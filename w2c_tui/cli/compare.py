@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from w2c_tui.cli.options import render_options, settings_from
+from w2c_tui.cli.flags import render_options, settings_from
 from w2c_tui.console.terminal import say, say_json
 from w2c_tui.core.config import Settings
 from w2c_tui.core.errors import RenderError

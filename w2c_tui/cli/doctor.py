@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from w2c_tui.cli.options import model_options, settings_from
+from w2c_tui.cli.flags import model_options, settings_from
 from w2c_tui.console import show_error
 from w2c_tui.console.terminal import say, say_json
 from w2c_tui.core.config import LoadSpec, Settings, paths

@@ -15,7 +15,7 @@ import click
 import msgspec
 
 from w2c_tui.backends.choice import choose_backend
-from w2c_tui.cli.options import generation_options, model_options, render_options, settings_from
+from w2c_tui.cli.flags import generation_options, model_options, render_options, settings_from
 from w2c_tui.console.terminal import say, say_json
 
 if TYPE_CHECKING:

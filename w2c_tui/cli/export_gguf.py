@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from w2c_tui.cli.options import export_options, settings_from
+from w2c_tui.cli.flags import export_options, settings_from
 from w2c_tui.console.terminal import say
 from w2c_tui.core.config import paths
 from w2c_tui.export.outcome import Verification

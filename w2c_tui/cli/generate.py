@@ -17,7 +17,7 @@ import msgspec
 
 from w2c_tui.backends.base import ModelInfo, Stats
 from w2c_tui.backends.choice import knows_pages
-from w2c_tui.cli.options import generation_options, model_options, settings_from
+from w2c_tui.cli.flags import generation_options, model_options, settings_from
 from w2c_tui.console.options import F
 from w2c_tui.console.terminal import say, say_json, write_bytes
 from w2c_tui.core.config import GenerationParams, Settings

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from w2c_tui.cli.options import render_options, settings_from
+from w2c_tui.cli.flags import render_options, settings_from
 from w2c_tui.console.terminal import say
 from w2c_tui.core.errors import RenderError
 from w2c_tui.core.files import write_atomically

@@ -14,8 +14,8 @@ from typing import Any
 
 import click
 
+from w2c_tui.cli.flags import generation_options, model_options, settings_from
 from w2c_tui.cli.generate import SUFFIXES, Run, better_options, stem_of
-from w2c_tui.cli.options import generation_options, model_options, settings_from
 from w2c_tui.console.terminal import say
 from w2c_tui.core.config import Settings
 from w2c_tui.core.errors import ImageError
