@@ -28,9 +28,9 @@ from trainer.recipes import Recipe
 from w2c_tui.core.config import paths
 from w2c_tui.core.errors import CheckpointError, ConfigError
 from w2c_tui.core.image import ImageSpec
-from w2c_tui.core.locate import locate
+from w2c_tui.core.locate import bundled_folder, locate
 from w2c_tui.core.prompt import TEMPLATES, AnyTemplate
-from w2c_tui.models import llava
+from w2c_tui.models import bundled, llava
 from w2c_tui.models.checkpoint import (
     IMAGE_TOKEN,
     PROJECTOR_NAME,
@@ -287,7 +287,10 @@ def fitting_projector(source: str, projector: nn.Module) -> dict[str, torch.Tens
 
 
 def add_adapters(model: LlavaForConditionalGeneration, recipe: Recipe) -> Any:
-    """`model` with LoRA adapters on every linear layer of the language model's blocks (peft)."""
+    """`model` with LoRA adapters on every linear layer of the language model's blocks (peft).
+
+    The adapters that a bundled model has are trained further. Raises ConfigError where they cannot.
+    """
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
 
@@ -304,9 +307,40 @@ def add_adapters(model: LlavaForConditionalGeneration, recipe: Recipe) -> Any:
             # Autocast gives products the right type; peft's own cast to the type of the adapters
             # would first blow all activations up to float32.
             module.cast_input_dtype_enabled = recipe.precision != "bf16" or bool(recipe.zero_stage)
+    if (folder := bundled_folder(recipe.model)) is not None:
+        _take_over_adapters(adapted, recipe, folder)
     for part in trained_parts(model, recipe):
         part.requires_grad_(True)
     return adapted
+
+
+def _take_over_adapters(adapted: Any, recipe: Recipe, folder: Path) -> None:
+    """Put the adapters of the bundled model in `folder` in place of new ones.
+
+    What is under them is then the language model as it was before them, to the bit.
+    """
+    before = bundled.adapters_of(folder)
+    rank = max((len(adapter["A"]) for adapter in before.values()), default=0)
+    if rank > recipe.lora_rank:
+        raise ConfigError(
+            f"{recipe.model} has adapters of rank {rank}, more than --lora-rank "
+            f"{recipe.lora_rank} can hold.",
+            hint=f"Train them further with --lora-rank {rank}.",
+        )
+    if before and recipe.quantization != "none":
+        raise ConfigError(
+            f"The adapters of {recipe.model} are over weights that are not quantised.",
+            hint="Leave out --quantization: the model is small.",
+        )
+    source = locate(bundled.describe(folder).language_model, paths().models, _silent)
+    base = open_checkpoint(source).tensors or {}
+    scale = recipe.lora_alpha / recipe.lora_rank
+    with torch.no_grad():
+        for name, adapter in before.items():
+            layer = adapted.get_submodule(f"base_model.model.model.language_model.{name}")
+            layer.base_layer.weight.copy_(base[f"model.{name}.weight"][...])
+            layer.lora_A["default"].weight[: len(adapter["A"])].copy_(adapter["A"])
+            layer.lora_B["default"].weight[:, : adapter["B"].shape[1]].copy_(adapter["B"] / scale)
 
 
 # --- Writing --------------------------------------------------------------------------------------

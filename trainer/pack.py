@@ -1,9 +1,9 @@
 """`python -m trainer.pack`: the trained part of a finished LoRA run, as it comes with the package.
 
-Adapters are what the run's last checkpoint keeps, and those of the runs or of the bundled model
-that it went on from, side by side (their products add up); tower, tokenizer and configuration are
-the result's. What was written is put together again and compared with the result before it gets
-its name. The format is `w2c_tui.models.bundled`'s.
+Adapters are what the run's last checkpoint keeps, and those of the runs that it went on from, side
+by side (their products add up); tower, tokenizer and configuration are the result's. What was
+written is put together again and compared with the result before it gets its name. The format is
+`w2c_tui.models.bundled`'s.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from w2c_tui.console import run
 from w2c_tui.core.config import paths
 from w2c_tui.core.conversation import Hints
 from w2c_tui.core.errors import ConfigError
-from w2c_tui.core.locate import bundled_folder
-from w2c_tui.models.bundled import TEMPLATE_NAME, WEIGHTS_NAME, assemble, write_bundled
+from w2c_tui.models.bundled import TEMPLATE_NAME, assemble, write_bundled
 from w2c_tui.models.checkpoint import (
     CARD_NAME,
     Report,
@@ -126,10 +125,7 @@ def _trained(source: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Ten
 
 
 def _adapters_before(model: str) -> dict[str, torch.Tensor]:
-    """The adapters in the model that a run went on from: of a run here, or of a bundled model."""
-    if (folder := bundled_folder(model)) is not None:
-        stored = load_file(folder / WEIGHTS_NAME)
-        return {name: tensor for name, tensor in stored.items() if ".lora_" in name}
+    """The adapters in the model that a run went on from: those of a bundled model it trained."""
     start = Path(model).expanduser()
     return _trained(start.parent)[0] if (start.parent / "run.json").is_file() else {}
 

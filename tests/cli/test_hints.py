@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tests.tui.scripted import INFO
 from trainer.pages.hints import as_recognised
-from trainer.pages.write import Made, question
+from trainer.pages.write import Made, question, told_lines
 from w2c_tui.cli.running import attach
 from w2c_tui.core.config import Settings
 from w2c_tui.core.conversation import Attachment, Message, TextLine
@@ -53,11 +53,11 @@ def test_training_asks_what_the_application_asks(hints, tmp_path: Path):
     draw.text((110, 44), "Welcome home", fill="white", font=ImageFont.load_default(36))
     picture.save(tmp_path / "7.png")
     made = Made(7, "7.png", 1280, 960, "", "classes", "en", "", None, (), lines)
-    asked = question(made, hints, "seed", tmp_path)
+    asked = question(made, told_lines(made, hints, "seed", tmp_path))
     seen = as_recognised(lines, random.Random("w2c hints seed 7"))
     if hints == "layout":
         seen = with_layout(picture, seen)
-        assert "box 0 0 441 101 navy white" in asked
+        assert "box 0 0 441 101 navy" in asked
     assert "navy" in asked
     image = Attachment(b"...", "hash", 1280, 960, page_text=seen)
     segments = render([Message("user", PAGE_PROMPT, (image,))], V1, images=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.trainer.conftest import screenshot
 from trainer import tiny
 from trainer.loop import train
+from trainer.model import add_adapters, build, describe
 from trainer.pack import command, pack
 from trainer.recipes import resolve
 from w2c_tui.console import run
@@ -83,8 +85,8 @@ def test_a_run_that_goes_on_from_a_packed_model_is_packed_with_it(runs, packed, 
     flags = {
         "data": str(prepared("pages", "finetune")),
         "model": str(packed),
-        "lora_rank": 3,
-        "lora_alpha": 3,
+        "lora_rank": 7,
+        "lora_alpha": 21,
         "save_every": 100,
         "max_steps": 2,
         "out": str(runs / "third"),
@@ -93,7 +95,22 @@ def test_a_run_that_goes_on_from_a_packed_model_is_packed_with_it(runs, packed, 
     out = runs / "packed-again"
     arguments = [runs / "third", "--out", out, "--language-model", runs / "language-model"]
     assert run(command, list(map(str, arguments))) == 0
-    assert load_file(out / "trained.safetensors")["layers.0.mlp.up_proj.lora_A"].shape == (9, 64)
+    assert load_file(out / "trained.safetensors")["layers.0.mlp.up_proj.lora_A"].shape == (7, 64)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+def test_training_further_begins_where_the_packed_model_is(packed, prepared):
+    flags = {"data": str(prepared("pages", "finetune")), "model": str(packed), "lora_alpha": 10}
+    recipe = resolve("debug", "finetune", flags=flags | {"lora_rank": 7, "out": "none"})
+    adapted = add_adapters(build(recipe, describe(recipe)), recipe).merge_and_unload()
+    expected = load_model(packed).model.state_dict()
+    for name, tensor in adapted.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5)
+    trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert all("projector" in name for name in trained)
+    smaller = msgspec.structs.replace(recipe, lora_rank=5)
+    with pytest.raises(ConfigError, match="rank 6, more than --lora-rank 5 can hold"):
+        add_adapters(build(smaller, describe(smaller)), smaller)
 
 
 def test_putting_together_can_be_interrupted_and_is_done_once(packed, tmp_path):

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from trainer.pages.compose import WIDTHS
 from trainer.pages.palette import FONTS
-from trainer.pages.write import Plan, make_pages, write_records
+from trainer.pages.write import Code, Plan, make_pages, write_records
 from w2c_tui.core.config import RenderSettings
 from w2c_tui.core.conversation import Hints
 from w2c_tui.core.errors import W2CError
@@ -57,15 +57,30 @@ _Widths = Annotated[
     "text in the boxes on which it lies.",
 )
 @click.option(
+    "--code",
+    type=click.Choice(get_args(Code)),
+    default="source",
+    show_default=True,
+    help="The answers: the HTML that pages were rendered from, or one with the numbers of the "
+    "layout that is told.",
+)
+@click.option(
     "--tabs", type=click.IntRange(0, 64), default=0, help="Pages rendered at a time; 0: one a core."
 )
 def main(
-    count: int, out: Path, seed: int, widths: str, inline_share: float, hints: Hints, tabs: int
+    count: int,
+    out: Path,
+    seed: int,
+    widths: str,
+    inline_share: float,
+    hints: Hints,
+    code: Code,
+    tabs: int,
 ) -> None:
     """Compose web pages, render them in headless Chromium, and write LLaVA records.
 
     Interrupt it at any time: the same command goes on where it stopped. More pages of the same set
-    are made by a larger --count; other --hints only rewrite the records.
+    are made by a larger --count; other --hints or --code only rewrite the records.
     """
     try:
         plan = Plan(seed=seed, widths=_widths(widths), inline_share=inline_share)
@@ -74,7 +89,7 @@ def main(
         with Renderer(settings) as renderer:
             rendered = _with_progress(out, plan, count, renderer)
             about = _about(renderer) if rendered else _known_about(out)
-        records = write_records(out, plan, count, hints, about)
+        records = write_records(out, plan, count, hints, code, about)
     except W2CError as error:
         click.echo(f"Error: {error.message}\n{error.hint}".rstrip(), err=True)
         sys.exit(1)

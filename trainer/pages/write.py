@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import faker
 import msgspec
@@ -23,18 +23,23 @@ import w2c_tui
 from trainer.pages.caption import caption_of
 from trainer.pages.compose import Block, ComposedPage, compose
 from trainer.pages.hints import as_recognised
+from trainer.pages.layout_code import Elements, page_of
 from trainer.pages.markup import Dialect
 from trainer.pages.palette import Theme
 from trainer.pages.words import LICENCE
 from w2c_tui.core.conversation import Attachment, Hints, Message, TextLine
 from w2c_tui.core.errors import ConfigError, RenderError
 from w2c_tui.core.files import write_atomically
+from w2c_tui.core.page_layout import layout_of
 from w2c_tui.core.prompt import PAGE_PROMPT, user_content
 from w2c_tui.models.page_boxes import with_layout
 from w2c_tui.models.page_text import with_colors
 from w2c_tui.web.render import PageSource, Renderer
 
 Report = Callable[[int, int], None]
+
+Code = Literal["source", "layout"]
+"""The HTML that a page was rendered from, or one with the numbers of the layout that is told."""
 
 INLINE_PROMPT = f"{PAGE_PROMPT} Use inline styles only."
 CAPTION_PROMPT = "Describe the blocks of this page and their colours."
@@ -145,18 +150,20 @@ def read_pages(out: Path, *, repair: bool = False) -> Iterator[Made]:
         os.truncate(path, whole)
 
 
-def write_records(out: Path, plan: Plan, count: int, hints: Hints, about: dict[str, Any]) -> int:
+def write_records(
+    out: Path, plan: Plan, count: int, hints: Hints, code: Code, about: dict[str, Any]
+) -> int:
     """Write the record files and the manifest for pages 0 to `count`; the number of records.
 
-    `hints`: what stands in the prompt about the page. The same folder may be written again with
-    other hints.
+    `hints`: what stands in the prompt about the page; `code`: how the page is written. The same
+    folder may be written again with others. Raises ConfigError for a pair that does not fit.
     """
     pages = sorted(
         (made for made in read_pages(out) if made.image and made.index < count),
         key=lambda made: made.index,
     )
     prefix = f"composed-{plan.seed}"
-    write_page_records(out, pages, hints, prefix)
+    write_page_records(out, pages, hints, prefix, code)
     captions = [
         _record(prefix, made, CAPTION_PROMPT, caption_of(made.theme, made.blocks, made))
         for made in pages
@@ -169,6 +176,7 @@ def write_records(out: Path, plan: Plan, count: int, hints: Hints, about: dict[s
         "records": len(pages),
         "left_out": count - len(pages),
         "hints": hints,
+        "code": code,
         "code_version": w2c_tui.__version__,
         "licence": f"Pages: this project (Apache-2.0). {LICENCE}",
         **about,
@@ -177,35 +185,62 @@ def write_records(out: Path, plan: Plan, count: int, hints: Hints, about: dict[s
     return len(pages)
 
 
-def write_page_records(out: Path, pages: Sequence[Made], hints: Hints, prefix: str) -> None:
-    """Write `pages.json`: for each page its picture, the question and the HTML."""
+def write_page_records(
+    out: Path, pages: Sequence[Made], hints: Hints, prefix: str, code: Code = "source"
+) -> None:
+    """Write `pages.json`: for each page its picture, the question and the HTML.
+
+    Raises ConfigError for code by a layout that the question does not tell.
+    """
+    if code == "layout" and hints != "layout":
+        raise ConfigError(
+            f"Pages with the numbers of a layout cannot be read off questions with {hints} hints.",
+            hint="Add --hints layout.",
+        )
     # Where all are written in one way there is nothing to ask for.
-    inline = PAGE_PROMPT if all(made.dialect == "inline" for made in pages) else INLINE_PROMPT
-    prompts: dict[Dialect, str] = {"inline": inline, "classes": PAGE_PROMPT}
+    alike = code == "layout" or all(made.dialect == "inline" for made in pages)
+    prompts: dict[Dialect, str] = {
+        "inline": PAGE_PROMPT if alike else INLINE_PROMPT,
+        "classes": PAGE_PROMPT,
+    }
 
     def record(made: Made) -> dict[str, Any]:
-        asked = question(made, hints, prefix, out, prompts[made.dialect])
-        return _record(prefix, made, asked, made.html)
+        lines = told_lines(made, hints, prefix, out)
+        answer = made.html if code == "source" else layout_code(made, lines or ())
+        return _record(prefix, made, question(made, lines, prompts[made.dialect]), answer)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         _write_list(out / "pages.json", list(pool.map(record, pages)))
 
 
-def question(made: Made, hints: Hints, seed: str, folder: Path, prompt: str = PAGE_PROMPT) -> str:
-    """What the model is asked about the page, as the application would ask it.
+def told_lines(made: Made, hints: Hints, seed: str, folder: Path) -> tuple[TextLine, ...] | None:
+    """What a model is told about the page. `folder` is where the page's picture is."""
+    if hints == "none":
+        return None
+    lines = as_recognised(made.lines, random.Random(f"w2c hints {seed} {made.index}"))
+    if hints == "text":
+        return tuple(TextLine(line.text, line.box, line.score) for line in lines)
+    if hints == "layout":
+        with Image.open(folder / str(made.image)) as picture:
+            return with_layout(picture.convert("RGB"), lines)
+    return lines
 
-    `folder` is where the page's picture is.
-    """
-    lines: tuple[TextLine, ...] | None = None
-    if hints != "none":
-        lines = as_recognised(made.lines, random.Random(f"w2c hints {seed} {made.index}"))
-        if hints == "text":
-            lines = tuple(TextLine(line.text, line.box, line.score) for line in lines)
-        elif hints == "layout":
-            with Image.open(folder / str(made.image)) as picture:
-                lines = with_layout(picture.convert("RGB"), lines)
+
+def question(made: Made, lines: tuple[TextLine, ...] | None, prompt: str = PAGE_PROMPT) -> str:
+    """What the model is asked about the page, told `lines`, as the application would ask it."""
     image = Attachment(b"", "", made.width, made.height, page_text=lines)
     return user_content(Message("user", prompt, (image,)))
+
+
+def layout_code(made: Made, lines: Sequence[TextLine]) -> str:
+    """The page with the numbers of the layout in `lines`, its elements and its font."""
+    font = made.theme.font_family if made.theme else "sans-serif"
+    return page_of(
+        layout_of(lines, (made.width, made.height)),
+        Elements(made.html),
+        language=made.language,
+        font=font,
+    )
 
 
 def _record(prefix: str, made: Made, asked: str, answer: str) -> dict[str, Any]:

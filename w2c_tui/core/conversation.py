@@ -29,7 +29,7 @@ class TextLine(msgspec.Struct, frozen=True):
     behind them, or None when nobody looked.
 
     Without `text` it is an area of one colour instead, as a card or a button: `ground` is its
-    colour and `ink` that of its border, None without one.
+    colour, `ink` that of its border, None without one, and `radius` that of its round corners, px.
     """
 
     text: str
@@ -37,6 +37,7 @@ class TextLine(msgspec.Struct, frozen=True):
     score: float = 1.0
     ink: tuple[int, int, int] | None = None
     ground: tuple[int, int, int] | None = None
+    radius: int = 0
 
 
 class Attachment(msgspec.Struct, frozen=True):

@@ -1,8 +1,8 @@
 """The layout of a screenshot as an outline in the prompt: what lies on what, beside what, how far.
 
 From lines of text and areas of one colour a tree is made: an area holds what lies on it, and what
-it holds stands in rows and columns. The numbers are those that CSS wants, distances to what is
-before and around instead of places on the page, so that a small model can copy most of them.
+it holds stands in rows and columns. The numbers are those that CSS wants, margins, paddings, gaps
+and sizes instead of places on the page, so that a small model can copy them.
 Owns the tree and its written form, in training and in use alike. Knows nothing about how lines and
 areas are found, about tokens or about templates.
 """
@@ -21,17 +21,26 @@ from w2c_tui.core.conversation import TextLine
 from w2c_tui.core.page_text import TextBlock, format_page_text, paragraphs
 
 HEADER = "Layout of the page in px (left top text; box left top width height ground ink):"
-"""The first line; `left` and `top` are distances to what is before, above or around."""
+"""The first line; `left` and `top` are margins."""
 
 MIDDLE = "mid"
 """Stands for `left` where something is in the middle of what it lies on."""
+
+FULL = "full"
+"""Stands for the width of what reaches to the right end of what it lies on."""
 
 _Box = tuple[int, int, int, int]
 
 
 class Node(msgspec.Struct):
     """`kind` text: `block` and `em`, the size of its letters in px. box: an area, or the page.
-    row: what stands side by side. col: what stands one above the other within a row."""
+    row: what stands side by side. col: what stands one above the other within a row.
+
+    What follows `radius` is how CSS says where it is, in px: margins at the left and at the top
+    beside the `padding` (top, left) of what it lies on and the `gap` of its row; `width` and
+    `height` where they must be said, else 0; `line`, the height of a line of several. `middle`: in
+    the middle of what it lies on. `level`: what a row holds is in the middle of its height.
+    """
 
     kind: str
     box: _Box
@@ -41,14 +50,16 @@ class Node(msgspec.Struct):
     ground: str = ""
     ink: str = ""
     outline: str = ""
-
-    @property
-    def width(self) -> int:
-        return self.box[2] - self.box[0]
-
-    @property
-    def height(self) -> int:
-        return self.box[3] - self.box[1]
+    radius: int = 0
+    left: int = 0
+    top: int = 0
+    padding: tuple[int, int] = (0, 0)
+    gap: int = 0
+    width: int = 0
+    height: int = 0
+    line: int = 0
+    middle: bool = False
+    level: bool = False
 
 
 def described(lines: Sequence[TextLine], image_size: tuple[int, int]) -> str:
@@ -61,12 +72,13 @@ def described(lines: Sequence[TextLine], image_size: tuple[int, int]) -> str:
 def format_layout(lines: Sequence[TextLine], image_size: tuple[int, int]) -> str:
     """`HEADER`, then the outline, one space deeper for what lies in something.
 
-    `page WIDTH HEIGHT GROUND INK`, then `sSIZE` if most text is not of about 16 px;
-    `box LEFT TOP WIDTH HEIGHT GROUND INK`, then `line COLOR` if it has a border; `row LEFT TOP`;
-    `col LEFT TOP`; else text: `LEFT TOP TEXT`, before TEXT `sSIZE` if its size is not the usual one
-    of the page, `wWIDTH/LINE` (LINE: height of a line) if it runs over several lines, and `=COLOR`
-    if it differs from the ink around it. In a row LEFT is the distance to what is on the left and
-    TOP that to the row's upper edge.
+    `page WIDTH HEIGHT GROUND INK`; `box LEFT TOP WIDTH HEIGHT GROUND INK`; `row LEFT TOP`;
+    `col LEFT TOP WIDTH`; else text: `LEFT TOP TEXT`. LEFT and TOP are margins. INK is that of most
+    of the text, where it differs from the ink around. Then, where there is such a thing:
+    `line COLOR`, a border; `round RADIUS`; `pad TOP LEFT`; `gap PX` and `level` of rows; before
+    texts `sSIZE`, if it is not the usual one of the page, `wWIDTH`, `/LINE`, the height of one of
+    several lines, and `=COLOR`, if it differs from the ink around it. A box with one line of text
+    and nothing else has it in its own line, after a colon.
     """
     return "\n".join([HEADER, *_written(layout_of(lines, image_size))])
 
@@ -82,6 +94,8 @@ def layout_of(lines: Sequence[TextLine], image_size: tuple[int, int]) -> Node:
         )
     _arrange(page)
     page.em = _usual_size(page)
+    page.width, page.height = image_size
+    _set(page)
     return page
 
 
@@ -126,7 +140,9 @@ def _areas(areas: Sequence[TextLine], image_size: tuple[int, int]) -> Node:
         if area.ink or ground != around.ground:
             outline = name_of(area.ink) if area.ink else ""
             outline = "" if outline == ground != around.ground else outline
-            around.children.append(Node("box", area.box, [], ground=ground, outline=outline))
+            around.children.append(
+                Node("box", area.box, [], ground=ground, outline=outline, radius=area.radius)
+            )
     return page
 
 
@@ -303,56 +319,188 @@ def _around(nodes: Sequence[Node]) -> _Box:
     return min(lefts), min(tops), max(rights), max(bottoms)
 
 
+# --- Where CSS has it -----------------------------------------------------------------------------
+
+_LEAST_BESIDE = 40
+_SAME_GAP = 2
+_LEVEL = 2
+
+
+def _set(node: Node) -> None:
+    """Margins and sizes of all that is in `node`."""
+    if node.kind == "row":
+        _set_across(node)
+    else:
+        _set_down(node)
+    for child in node.children:
+        if child.children:
+            _set(child)
+
+
+def _set_down(node: Node) -> None:
+    border = 1 if node.outline else 0
+    left, bottom = node.box[0] + border, node.box[1] + border
+    alone = node.kind == "box" and len(node.children) == 1
+    for child in node.children:
+        child.middle = _in_the_middle(node, child, 5 if alone or node.kind == "col" else None)
+    sides = [0 if child.middle else child.box[0] - left for child in node.children]
+    padding = max(min(sides, default=0), 0)
+    for number, (child, side) in enumerate(zip(node.children, sides, strict=True)):
+        box = _with_leading(child)
+        above, bottom = box[1] - bottom, box[3]
+        if not number:
+            node.padding = (max(above, 0), padding)
+            above = 0
+        child.top = above
+        child.left = 0 if child.middle else _margin(side - padding)
+        if child.kind == "box":
+            child.width = child.box[2] - child.box[0]
+            child.height = child.box[3] - child.box[1]
+            if child.box[2] >= node.box[2] - 1 and not child.middle:
+                child.width = 0
+        elif child.line:
+            child.width = _width_of_lines(child)
+
+
+def _set_across(row: Node) -> None:
+    boxes = [_with_leading(child) for child in row.children]
+    upper, lower = min(box[1] for box in boxes), max(box[3] for box in boxes)
+    off = [(box[1] + box[3] - upper - lower) / 2 for box in boxes]
+    row.level = max(map(abs, off)) <= _LEVEL < lower - upper - min(b[3] - b[1] for b in boxes)
+    gaps = [after[0] - before[2] for before, after in itertools.pairwise(boxes)]
+    row.gap = _usual_gap(gaps)
+    for child, box in zip(row.children, boxes, strict=True):
+        child.top = 0 if row.level else _margin(box[1] - upper)
+        if child.kind == "box":
+            child.height = box[3] - box[1]
+        if child.kind in ("box", "col"):
+            child.width = box[2] - box[0]
+        elif child.line:
+            child.width = _width_of_lines(child)
+    for before, after, gap in zip(row.children, row.children[1:], gaps, strict=False):
+        more = gap - row.gap
+        if abs(more) <= _SAME_GAP:
+            continue
+        if before.kind in ("text", "col") and more > 0 and not before.line:
+            # What follows then has its place whatever the letters' font.
+            before.width = before.box[2] - before.box[0] + more
+        else:
+            after.left = more
+
+
+def _margin(px: int) -> int:
+    """Without what is only where letters have their ink."""
+    return 0 if abs(px) <= _INK else px
+
+
+_INK = 2
+
+
+def _usual_gap(gaps: Sequence[int]) -> int:
+    """What all are, or several of them; else 0."""
+    best = max(gaps, key=lambda gap: (sum(abs(gap - other) <= 1 for other in gaps), -gap))
+    alike = [gap for gap in gaps if abs(gap - best) <= _SAME_GAP]
+    if len(alike) == len(gaps) and (len(gaps) > 1 or best <= _LARGE_GAP):
+        return max(round(statistics.mean(alike)), 0)
+    return max(best, 0) if len(alike) > 1 else 0
+
+
+_LARGE_GAP = 64
+
+
+def _width_of_lines(text: Node) -> int:
+    """As much wider than the longest line as it may be a little longer elsewhere."""
+    return text.box[2] - text.box[0] + round(_SLACK_EM * text.em)
+
+
+_SLACK_EM = 0.4
+
+
+def _with_leading(node: Node) -> _Box:
+    """The box of `node`; of several lines, with what their height adds above and below."""
+    left, top, right, bottom = node.box
+    if node.block is None or node.block.num_lines < 2:
+        return node.box
+    block = node.block
+    pitch = (block.last.box[3] - block.first.box[3]) / (block.num_lines - 1)
+    node.line = round(pitch)
+    leading = round((pitch - LINE_HEIGHT * node.em) / 2)
+    return left, top - leading, right, bottom + leading
+
+
+def _in_the_middle(node: Node, child: Node, least: int | None) -> bool:
+    left, right = child.box[0] - node.box[0], node.box[2] - child.box[2]
+    return abs(left - right) <= 4 and left >= (_LEAST_BESIDE if least is None else least)
+
+
+def only_text(node: Node) -> Node | None:
+    """The line of text of a box that has nothing else."""
+    if node.kind == "box" and len(node.children) == 1 and node.children[0].kind == "text":
+        return None if node.children[0].line else node.children[0]
+    return None
+
+
+def is_usual(em: int, usual: int) -> bool:
+    """Whether letters of `em` px are of the `usual` size of a page."""
+    return usual <= _USUAL * em <= _USUAL**2 * usual
+
+
+_USUAL = 1.13
+"""Letters up to so many times larger or smaller are of the usual size."""
+
+
 # --- Writing --------------------------------------------------------------------------------------
 
 
 def _written(page: Node) -> Iterator[str]:
     words = ["page", str(page.width), str(page.height), page.ground]
     words += [page.ink] if page.ink else []
-    words += [f"s{page.em}"] if page.em and not 15 <= page.em <= 17 else []
+    words += _padding(page)
+    words += [f"s{page.em}"] if page.em and page.em != 16 else []
     yield " ".join(words)
     yield from _inside(page, page.ink, page.em, 1)
 
 
 def _inside(node: Node, ink: str, usual: int, depth: int) -> Iterator[str]:
-    across, down = node.box[0], node.box[1]
     for child in node.children:
-        centred = node.kind != "row" and _in_the_middle(node, child)
-        left = MIDDLE if centred else str(child.box[0] - across)
-        yield " " * depth + _line(child, left, child.box[1] - down, ink, usual)
-        yield from _inside(child, child.ink or ink, usual, depth + 1)
-        if node.kind == "row":
-            across = child.box[2]
+        around = ink
+        words = [] if child.kind == "text" else [child.kind]
+        words += [MIDDLE if child.middle else str(child.left), str(child.top)]
+        if child.kind == "box":
+            words += [str(child.width or FULL), str(child.height), child.ground]
+            if child.ink and child.ink != ink:
+                words.append(child.ink)
+                around = child.ink
+            words += ["line", child.outline] if child.outline else []
+            words += ["round", str(child.radius)] if child.radius else []
+        elif child.kind == "col":
+            words += [str(child.width)]
+        elif child.kind == "row":
+            words += ["gap", str(child.gap)] if child.gap else []
+            words += ["level"] if child.level else []
+        text = only_text(child)
+        if child.kind == "text":
+            words += _text(child, ink, usual)
+        elif text is not None:
+            words += [MIDDLE, str(child.padding[0])] if text.middle else _padding(child)
+            words[-1] += ":"
+            words += _text(text, around, usual)
         else:
-            down = child.box[3]
+            words += _padding(child)
+        yield " " * depth + " ".join(words)
+        if text is None:
+            yield from _inside(child, around, usual, depth + 1)
 
 
-def _line(node: Node, left: str, top: int, ink: str, usual: int) -> str:
-    if node.kind == "text":
-        assert node.block is not None
-        words = [left, str(top)]
-        if not usual <= _USUAL * node.em <= _USUAL**2 * usual:
-            words.append(f"s{node.em}")
-        if steps := node.block.num_lines - 1:
-            height = (node.block.last.box[3] - node.block.first.box[3]) / steps
-            words.append(f"w{node.width}/{round(height)}")
-        if node.ink and node.ink != ink:
-            words.append(f"={node.ink}")
-        return " ".join([*words, node.block.text])
-    if node.kind in ("row", "col"):
-        return f"{node.kind} {left} {top}"
-    words = ["box", left, str(top), str(node.width), str(node.height), node.ground]
-    words += [node.ink] if node.ink else []
-    words += ["line", node.outline] if node.outline else []
-    return " ".join(words)
+def _padding(node: Node) -> list[str]:
+    return ["pad", *map(str, node.padding)] if any(node.padding) else []
 
 
-_USUAL = 1.13
-"""Letters up to so many times larger or smaller are of the usual size of a page."""
-
-_LEAST_BESIDE = 40
-
-
-def _in_the_middle(node: Node, child: Node) -> bool:
-    left, right = child.box[0] - node.box[0], node.box[2] - child.box[2]
-    return abs(left - right) <= 4 and left >= (5 if node.kind == "col" else _LEAST_BESIDE)
+def _text(node: Node, ink: str, usual: int) -> list[str]:
+    assert node.block is not None
+    words = [] if is_usual(node.em, usual) else [f"s{node.em}"]
+    if node.width or node.line:
+        words.append(f"w{node.width}" + (f"/{node.line}" if node.line else ""))
+    if node.ink and node.ink != ink:
+        words.append(f"={node.ink}")
+    return [*words, node.block.text]

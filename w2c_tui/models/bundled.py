@@ -138,20 +138,29 @@ def assemble(folder: Path, models_folder: Path, report: Report) -> Path:
     return out
 
 
+def adapters_of(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The adapters in a bundled folder: by the module's name (layers.N.MATRIX) its A and B."""
+    return _adapters(load_file(folder / WEIGHTS_NAME))
+
+
+def _adapters(trained: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    adapters: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in trained.items():
+        if match := _ADAPTER.fullmatch(name):
+            adapters.setdefault(match[1], {})[match[2]] = tensor
+    return adapters
+
+
 def _merged(
     config: LlavaConfig,
     base: Mapping[str, Any],
     trained: dict[str, torch.Tensor],
     report: Report,
 ) -> dict[str, torch.Tensor]:
-    adapters: dict[str, dict[str, torch.Tensor]] = {}
-    state: dict[str, torch.Tensor] = {}
-    for name, tensor in trained.items():
-        match = _ADAPTER.fullmatch(name)
-        if match is None:
-            state[f"model.{name}"] = tensor
-        else:
-            adapters.setdefault(match[1], {})[match[2]] = tensor
+    adapters = _adapters(trained)
+    state = {
+        f"model.{name}": tensor for name, tensor in trained.items() if not _ADAPTER.fullmatch(name)
+    }
     text_config: Any = config.text_config
     for at, (name, stored) in enumerate(base.items()):
         report("Merging", at, len(base))

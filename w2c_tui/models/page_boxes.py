@@ -72,9 +72,9 @@ def with_layout(image: Image.Image, lines: Sequence[TextLine]) -> tuple[TextLine
 def areas_of(image: Image.Image, lines: Sequence[TextLine]) -> tuple[TextLine, ...]:
     """The areas of one colour on `image`, the larger before the smaller.
 
-    An area is a line without text: `ground` is its colour and `ink` that of its border, if it has
-    one, which then belongs to its box. The first is the whole page in the colour of its edges. What
-    are letters of `lines` are no areas.
+    An area is a line without text: `ground` is its colour, `ink` that of its border, if it has one,
+    which then belongs to its box, and `radius` is that of its corners. The first is the whole page
+    in the colour of its edges. What are letters of `lines` are no areas.
     """
     pixels = np.asarray(image.convert("RGB"))
     height, width = pixels.shape[:2]
@@ -85,7 +85,8 @@ def areas_of(image: Image.Image, lines: Sequence[TextLine]) -> tuple[TextLine, .
     for color, mask in colors:
         for left, top, right, bottom in _boxes(mask, step):
             box = (left, top, min(right, width), min(bottom, height))
-            found.append(TextLine("", box, ground=color))
+            radius = _radius(pixels, box, color)
+            found.append(TextLine("", box, ground=color, radius=radius))
             if left == 0 or right >= width:
                 at_edges[color] = at_edges.get(color, 0) + _size(box)
     found.sort(key=lambda area: (-_size(area.box), area.box))
@@ -212,7 +213,33 @@ def _with_borders(pixels: NDArray[np.uint8], areas: list[TextLine]) -> Iterator[
             yield area
             continue
         box = (left - thick[0], top - thick[1], right + thick[2], bottom + thick[3])
-        yield msgspec.structs.replace(area, box=box, ink=color)
+        radius = area.radius + max(thick) if area.radius else 0
+        yield msgspec.structs.replace(area, box=box, ink=color, radius=radius)
+
+
+def _radius(pixels: NDArray[np.uint8], box: Box, color: RGB) -> int:
+    """Of the corners of an area, by how far from them its first row and first column begin.
+
+    0 unless three of these agree: corners may have something on them.
+    """
+    left, top, right, bottom = box
+    most = min(right - left, bottom - top) // 2
+    sides = (
+        pixels[top, left : left + most],
+        pixels[top:, left][:most],
+        pixels[top, right - most : right][::-1],
+        pixels[top:bottom, right - 1][:most],
+    )
+    begin = sorted(_begin(side, color) for side in sides)
+    if begin[2] - begin[1] > 1 or begin[1] < 1:
+        return 0
+    # Of the pixels at the very top of an arc those near its end are covered whole.
+    return min(begin[1] + round(math.sqrt(begin[1] / 10)), most)
+
+
+def _begin(side: NDArray[np.uint8], color: RGB) -> int:
+    alike = np.abs(side.astype(np.int16) - np.array(color, dtype=np.int16)).max(axis=-1) <= NOISE
+    return int(alike.argmax()) if alike.any() else len(side)
 
 
 def _run(side: NDArray[np.uint8], color: tuple[int, ...]) -> int:
