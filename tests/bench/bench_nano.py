@@ -12,6 +12,8 @@ wrote to FOLDER, evenly spread; every page counts, failures as 0. The rows:
 - nano-blind: q8_0 that is told what is right, and only sees another page
 - untrained: SmolLM2 with the same text
 - rule: the text that recognition finds as one paragraph per line, with no model
+- layout: what the model is told of the layout, put into HTML by the rules with which the pages that
+  it learns are made, with no model: how well it could do without what it adds, the elements' names
 """
 
 from __future__ import annotations
@@ -29,12 +31,14 @@ from pathlib import Path
 import msgspec
 from PIL import Image
 
+from trainer.pages.layout_code import page_of, plain_element
 from trainer.pages.write import Plan, make_pages, read_pages
 from w2c_tui.backends.base import ModelInfo
 from w2c_tui.core.colors import RGB, distance
 from w2c_tui.core.config import GenerationParams, LoadSpec, RenderSettings, paths
 from w2c_tui.core.conversation import Attachment, Hints
 from w2c_tui.core.image import attachment_from_picture
+from w2c_tui.core.page_layout import layout_of
 from w2c_tui.core.reference import load_attachment
 from w2c_tui.engine.client import EngineClient
 from w2c_tui.evaluate.asking import Asker
@@ -51,7 +55,7 @@ HELD_OUT_SEED = 990
 MODEL = "w2c-nano"
 VARIANTS = (
     *("nano-hf", "nano-f16", "nano-q8_0"),
-    *("nano-shuffled", "nano-zeroed", "nano-blind", "untrained", "rule"),
+    *("nano-shuffled", "nano-zeroed", "nano-blind", "untrained", "rule", "layout"),
 )
 
 
@@ -108,6 +112,8 @@ def writer_of(
 
     if variant == "rule":
         return lambda page, number: Written(paragraphs(read(page.image, "text")), True)
+    if variant == "layout":
+        return lambda page, number: Written(by_rule(read(page.image, "layout")), True)
     spec = spec_of(variant, folder)
 
     def load() -> ModelInfo:
@@ -140,6 +146,11 @@ def writer_of(
 def paragraphs(image: Attachment) -> str:
     lines = "\n".join(f"<p>{html.escape(line.text)}</p>" for line in image.page_text or ())
     return f"<!DOCTYPE html>\n<html><body>\n{lines}\n</body></html>\n"
+
+
+def by_rule(image: Attachment) -> str:
+    page = layout_of(image.page_text or (), (image.width, image.height))
+    return page_of(page, plain_element, language="en", font="sans-serif")
 
 
 SAME = 10
