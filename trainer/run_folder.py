@@ -133,9 +133,9 @@ class RunFolder:
                 f"{known} cannot be read: {error}.", hint="Name a new folder with --out."
             ) from error
         now = msgspec.to_builtins(self.recipe)
-        newest = self.newest()
-        # A run may end where it stands: no step is done otherwise than planned.
-        ends = newest is not None and newest.name == f"checkpoint-{self.recipe.max_steps}"
+        # A run may end earlier than was planned: its learning rate falls over the steps left.
+        newest = self._newest_step()
+        ends = 0 < newest <= self.recipe.max_steps <= (before.get("max_steps") or newest)
         free = _FREE | {"max_steps"} if ends else _FREE
         changed = [
             f"{field} was {before.get(field)!r} and is {now[field]!r}"
@@ -177,6 +177,10 @@ class RunFolder:
     def newest(self) -> Path | None:
         """The checkpoint to go on from."""
         return next(reversed(self.checkpoints()), None)
+
+    def _newest_step(self) -> int:
+        newest = self.newest()
+        return int(newest.name.rpartition("-")[2]) if newest else 0
 
     def devices_of(self, checkpoint: Path) -> int:
         """How many devices wrote `checkpoint`. Raises ConfigError if it does not say."""

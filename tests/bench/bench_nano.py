@@ -36,7 +36,7 @@ from trainer.pages.write import Plan, make_pages, read_pages
 from w2c_tui.backends.base import ModelInfo
 from w2c_tui.core.colors import RGB, distance
 from w2c_tui.core.config import GenerationParams, LoadSpec, RenderSettings, paths
-from w2c_tui.core.conversation import Attachment, Hints
+from w2c_tui.core.conversation import Attachment, Hints, TextLine
 from w2c_tui.core.image import attachment_from_picture
 from w2c_tui.core.page_layout import layout_of
 from w2c_tui.core.reference import load_attachment
@@ -101,14 +101,24 @@ def spec_of(variant: str, folder: Path) -> LoadSpec:
     return LoadSpec(name="smollm2-135m" if variant == "untrained" else MODEL, backend="hf")
 
 
+Told = dict[tuple[Path, Hints], tuple[TextLine, ...]]
+
+
 def writer_of(
-    variant: str, pages: Sequence[Page], engine: EngineClient, folder: Path, temperature: float
+    variant: str,
+    pages: Sequence[Page],
+    engine: EngineClient,
+    folder: Path,
+    temperature: float,
+    told: Told,
 ) -> Write:
-    """What writes the pages of `variant`; its model is loaded."""
+    """What writes the pages of `variant`; its model is loaded. `told` is what was recognised."""
 
     def read(path: Path, hints: Hints) -> Attachment:
         image = load_attachment(str(path))
-        return msgspec.structs.replace(image, page_text=engine.read_text(image, hints))
+        if (path, hints) not in told:
+            told[path, hints] = engine.read_text(image, hints)
+        return msgspec.structs.replace(image, page_text=told[path, hints])
 
     if variant == "rule":
         return lambda page, number: Written(paragraphs(read(page.image, "text")), True)
@@ -203,6 +213,7 @@ def main() -> None:
     parser.add_argument("--at-least", type=float, default=0.0, help="Fail below this score.")
     given = parser.parse_args()
     lowest = 1.0
+    told: Told = {}
     given.out.mkdir(parents=True, exist_ok=True)
     print(f"{'':<16}score  text   color  valid  colours  seconds a page  tokens")
     with Renderer(RenderSettings(timeout_s=120)) as renderer:
@@ -224,7 +235,7 @@ def main() -> None:
                 EngineClient(paths().engine_log) as engine,
                 Journal(folder, run, PageResult) as journal,
             ):
-                writer = writer_of(variant, pages, engine, given.out, given.temperature)
+                writer = writer_of(variant, pages, engine, given.out, given.temperature, told)
                 result = run_wcgb(pages, [writer], journal, renderer)
                 rows = journal.rows
             print(line_of(variant, result, rows, right_colors(pages, folder, renderer)), flush=True)

@@ -271,6 +271,20 @@ def test_a_stopped_run_can_end_where_it_stands(prepared, tmp_path):
         assert torch.equal(made[next(n for n in made if n.endswith(part))], tensor)
 
 
+def test_a_stopped_run_can_end_earlier_than_planned(prepared, tmp_path):
+    run = tmp_path / "run"
+    recipe = recipe_for("pretrain", prepared("pages", "pretrain"), run, epochs=12, max_steps=12)
+    when_step(run, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert train(recipe) is None
+    stopped = max(losses(run))
+    with pytest.raises(ConfigError, match="max_steps was"):
+        train(msgspec.structs.replace(recipe, max_steps=13), resume=True)
+    assert train(msgspec.structs.replace(recipe, max_steps=stopped + 2), resume=True)
+    rates = [line["learning_rate"] for line in read_lines(run / "metrics.jsonl")]
+    assert len(rates) == stopped + 2
+    assert rates[-1] < 0.4 * rates[stopped - 1]
+
+
 def test_sigusr1_saves_and_goes_on(prepared, tmp_path):
     recipe = recipe_for("pretrain", prepared("pages", "pretrain"), tmp_path / "run", epochs=12)
     when_step(tmp_path / "run", 2, lambda: os.kill(os.getpid(), signal.SIGUSR1))
