@@ -109,7 +109,7 @@ def writer_of(
     pages: Sequence[Page],
     engine: EngineClient,
     folder: Path,
-    temperature: float,
+    params: GenerationParams,
     told: Told,
 ) -> Write:
     """What writes the pages of `variant`; its model is loaded. `told` is what was recognised."""
@@ -149,7 +149,6 @@ def writer_of(
         seen = attachment_from_picture(other, image.name, "")
         return msgspec.structs.replace(seen, page_text=lines)
 
-    params = GenerationParams(temperature=temperature, max_new_tokens=1200, seed=0)
     return by_model(Asker(engine, load, params, threading.Event()), attach)
 
 
@@ -209,9 +208,16 @@ def main() -> None:
     parser.add_argument("--real", type=Path, metavar="FOLDER", help="Real sections instead.")
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--prompt-lookup", type=int, default=0, help="As in w2c generate.")
     parser.add_argument("--out", type=Path, required=True, help="A folder; what is there stays.")
     parser.add_argument("--at-least", type=float, default=0.0, help="Fail below this score.")
     given = parser.parse_args()
+    params = GenerationParams(
+        temperature=given.temperature,
+        max_new_tokens=1200,
+        seed=0,
+        prompt_lookup=given.prompt_lookup,
+    )
     lowest = 1.0
     told: Told = {}
     given.out.mkdir(parents=True, exist_ok=True)
@@ -229,13 +235,13 @@ def main() -> None:
                 model=variant,
                 backend="",
                 data=str(given.real or HELD_OUT_SEED),
-                params={"temperature": given.temperature},
+                params={"temperature": given.temperature, "prompt_lookup": given.prompt_lookup},
             )
             with (
                 EngineClient(paths().engine_log) as engine,
                 Journal(folder, run, PageResult) as journal,
             ):
-                writer = writer_of(variant, pages, engine, given.out, given.temperature, told)
+                writer = writer_of(variant, pages, engine, given.out, params, told)
                 result = run_wcgb(pages, [writer], journal, renderer)
                 rows = journal.rows
             print(line_of(variant, result, rows, right_colors(pages, folder, renderer)), flush=True)
