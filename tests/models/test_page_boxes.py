@@ -224,3 +224,26 @@ def test_single_dots_are_no_areas() -> None:
 
 def test_the_smallest_picture_has_a_page() -> None:
     assert areas(Image.new("RGB", (1, 1), "red"))[0] == ((0, 0, 1, 1), (255, 0, 0), None)
+
+
+@pytest.mark.parametrize("border", [0, 2])
+@pytest.mark.parametrize("radius", [0, 4, 8, 12, 20])
+def test_round_corners_are_measured(radius: int, border: int) -> None:
+    # Smooth edges, as browsers draw them.
+    large = Image.new("RGB", (3200, 2000), PAGE)
+    box = (200, 200, 1399, 599)
+    outline = LINE if border else None
+    drawn = ImageDraw.Draw(large)
+    drawn.rounded_rectangle(box, 4 * radius, fill=NAVY, outline=outline, width=4 * border)
+    picture = large.resize((800, 500), Image.Resampling.BOX)
+    (found,) = [area for area in with_layout(picture, []) if not area.text and area.ground == NAVY]
+    assert found.box == (50, 50, 350, 150)
+    assert abs(found.radius - radius) <= 1
+
+
+def test_what_lies_on_corners_does_not_make_them_round() -> None:
+    picture, draw = page()
+    draw.rectangle((50, 50, 349, 249), fill=CARD)
+    draw.rectangle((50, 50, 149, 69), fill=NAVY)
+    draw.rectangle((250, 50, 349, 69), fill=NAVY)
+    assert [area.radius for area in with_layout(picture, []) if area.ground == CARD] == [0]
