@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from trainer.pages.compose import WIDTHS
 from trainer.pages.palette import FONTS
-from trainer.pages.write import Code, Plan, make_pages, write_records
+from trainer.pages.write import Code, Plan, check_code, make_pages, write_records
 from w2c_tui.core.config import RenderSettings
 from w2c_tui.core.conversation import Hints
 from w2c_tui.core.errors import W2CError
@@ -83,6 +83,7 @@ def main(
     are made by a larger --count; other --hints or --code only rewrite the records.
     """
     try:
+        check_code(code, hints)
         plan = Plan(seed=seed, widths=_widths(widths), inline_share=inline_share)
         # Our own pages end; a machine that is busy with training may take long for one.
         settings = RenderSettings(tabs=tabs, height=16, timeout_s=300)

@@ -192,11 +192,7 @@ def write_page_records(
 
     Raises ConfigError for code by a layout that the question does not tell.
     """
-    if code == "layout" and hints != "layout":
-        raise ConfigError(
-            f"Pages with the numbers of a layout cannot be read off questions with {hints} hints.",
-            hint="Add --hints layout.",
-        )
+    check_code(code, hints)
     # Where all are written in one way there is nothing to ask for.
     alike = code == "layout" or all(made.dialect == "inline" for made in pages)
     prompts: dict[Dialect, str] = {
@@ -211,6 +207,15 @@ def write_page_records(
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         _write_list(out / "pages.json", list(pool.map(record, pages)))
+
+
+def check_code(code: Code, hints: Hints) -> None:
+    """Raise ConfigError for code by a layout that the question does not tell."""
+    if code == "layout" and hints != "layout":
+        raise ConfigError(
+            f"Pages with the numbers of a layout cannot be read off questions with {hints} hints.",
+            hint="Add --hints layout.",
+        )
 
 
 def told_lines(made: Made, hints: Hints, seed: str, folder: Path) -> tuple[TextLine, ...] | None:
