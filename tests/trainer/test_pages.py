@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import os
 import signal
@@ -122,6 +123,25 @@ def test_most_pages_are_short() -> None:
     lengths = sorted(len(page.html) for page in PAGES)
     assert lengths[len(lengths) // 2] < 1500
     assert lengths[-1] < 2600
+
+
+def test_parts_are_cut_from_pages_or_composed_freely_and_are_as_narrow_as_cards() -> None:
+    parts = [compose(7, index, part_share=1.0) for index in range(80)]
+    assert compose(7, 3, part_share=1.0) == parts[3]
+    assert 25 <= sum(part.layout == "freely" for part in parts) <= 55
+    assert min(part.width for part in parts) < 400
+    assert max(part.width for part in parts) > 1000
+    # As high as what is in them, whatever the window.
+    assert {part.height for part in parts} == {0}
+    for part in parts:
+        assert Reader(part.html).text.split()
+        for block in part.blocks:
+            assert html.escape(block.first_text, quote=False) in part.html
+    whole = sorted(len(page.html) for page in PAGES)
+    cut = sorted(len(part.html) for part in parts)
+    assert cut[40] < 0.8 * whole[len(whole) // 2]
+    # None are asked for, and pages are what they are without the option.
+    assert [compose(7, index, part_share=0.0) for index in range(5)] == PAGES[:5]
 
 
 def test_records_are_what_the_application_would_ask_and_pictures_hold_the_whole_page(

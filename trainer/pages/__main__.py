@@ -49,6 +49,13 @@ _Widths = Annotated[
     help="Share of pages with inline styles only.",
 )
 @click.option(
+    "--part-share",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    help="Share of pages that are but a section or a card, cut off at its edges, at any width.",
+)
+@click.option(
     "--hints",
     type=click.Choice(get_args(Hints)),
     default="text",
@@ -73,6 +80,7 @@ def main(
     seed: int,
     widths: str,
     inline_share: float,
+    part_share: float,
     hints: Hints,
     code: Code,
     tabs: int,
@@ -84,7 +92,9 @@ def main(
     """
     try:
         check_code(code, hints)
-        plan = Plan(seed=seed, widths=_widths(widths), inline_share=inline_share)
+        plan = Plan(
+            seed=seed, widths=_widths(widths), inline_share=inline_share, part_share=part_share
+        )
         # Our own pages end; a machine that is busy with training may take long for one.
         settings = RenderSettings(tabs=tabs, height=16, timeout_s=300)
         with Renderer(settings) as renderer:

@@ -23,6 +23,10 @@ WIDTHS = (1280, 1024, 1440, 768, 480)
 MAX_CHARACTERS = 1600
 """A page that comes out longer is drawn again: about 600 tokens of SmolLM2."""
 _MOST_DRAWS = 8
+FREE_SHARE = 0.5
+"""Of the parts of pages: those that are composed of any pieces instead of being cut out."""
+NARROWEST_PART = 300
+"""In px: about a card in a row of four."""
 _Layout = Callable[["_Composer"], list[Element]]
 
 
@@ -49,29 +53,48 @@ class ComposedPage(msgspec.Struct, frozen=True):
 
 
 def compose(
-    seed: int, index: int, widths: Sequence[int] = WIDTHS, inline_share: float = 0.15
+    seed: int,
+    index: int,
+    widths: Sequence[int] = WIDTHS,
+    inline_share: float = 0.15,
+    part_share: float = 0.0,
 ) -> ComposedPage:
-    """Page number `index` of the set that `seed` makes."""
+    """Page number `index` of the set that `seed` makes.
+
+    `part_share` of the pages are but a part of one, a section or a card, cut off at its edges.
+    """
     # Strings seed through SHA-512: the same on every platform, and pages are independent.
     rng = random.Random(f"w2c page {seed} {index}")
     names, weights = zip(*_LAYOUTS, strict=True)
     layout = rng.choices(names, weights)[0]
-    drawn = [_draw(layout, rng, widths, inline_share)]
+    # Nothing is drawn for what is not asked for: the pages of a seed stay what they were.
+    part = part_share > 0 and rng.random() < part_share
+    if part and rng.random() < FREE_SHARE:
+        layout = _freely
+    drawn = [_draw(layout, rng, widths, inline_share, part)]
     while len(drawn[-1].html) > MAX_CHARACTERS and len(drawn) < _MOST_DRAWS:
-        drawn.append(_draw(layout, rng, widths, inline_share))
+        drawn.append(_draw(layout, rng, widths, inline_share, part))
     return min(drawn, key=lambda page: len(page.html))
 
 
 def _draw(
-    layout: _Layout, rng: random.Random, widths: Sequence[int], inline_share: float
+    layout: _Layout, rng: random.Random, widths: Sequence[int], inline_share: float, part: bool
 ) -> ComposedPage:
     shares = [1 / (1 + at) for at in range(len(widths))]
     width = rng.choices(widths, shares)[0]
+    if part:
+        width = rng.randint(min(NARROWEST_PART, width), width)
     theme = draw_theme(rng)
     words = Words(rng)
     dialect: Dialect = "inline" if rng.random() < inline_share else "classes"
     composer = _Composer(rng, theme, words, width)
     body = tuple(layout(composer))
+    blocks = tuple(composer.blocks)
+    if part:
+        found = [*_parts(body)]
+        body = (rng.choice(found),) if found else body
+        texts = set(_all_texts(*body))
+        blocks = tuple(block for block in blocks if block.first_text in texts)
     body_style = _css(
         f"margin:0;background:{theme.page};color:{theme.text};font-family:{theme.font_family}",
         *_typography(rng),
@@ -79,7 +102,8 @@ def _draw(
     html = page_html(
         body, title=words.brand, language=words.language, body_style=body_style, dialect=dialect
     )
-    height = round(width * rng.choice((0.3, 0.3, 0.4, 0.5, 0.5625, 0.625)))
+    # A part is as high as it is; the window in which a page is seen may be higher than the page.
+    height = 0 if part else round(width * rng.choice((0.3, 0.3, 0.4, 0.5, 0.5625, 0.625)))
     return ComposedPage(
         html=html,
         dialect=dialect,
@@ -88,8 +112,30 @@ def _draw(
         height=height,
         layout=layout.__name__.removeprefix("_"),
         theme=theme,
-        blocks=tuple(composer.blocks),
+        blocks=blocks,
     )
+
+
+_NO_PART = frozenset(("nav", "tr", "button", "a"))
+
+
+def _parts(body: Sequence[Element], outermost: bool = True) -> Iterator[Element]:
+    """What could be cut out of a page: what spans it, or has a ground of its own, and texts."""
+    for element in body:
+        if element.tag in _NO_PART:
+            continue
+        if len(set(_all_texts(element))) > 1 and (outermost or "background:" in element.style):
+            yield element
+        children = [child for child in element.children if isinstance(child, Element)]
+        yield from _parts(children, outermost=False)
+
+
+def _all_texts(*elements: Element | str) -> Iterator[str]:
+    for element in elements:
+        if isinstance(element, str):
+            yield element
+        else:
+            yield from _all_texts(*element.children)
 
 
 def _typography(rng: random.Random) -> Iterator[str]:
@@ -678,6 +724,102 @@ class _Composer:
         align = self.rng.choice(("text-align:center", "", "text-align:center"))
         return Element("footer", _css(look, align), (text,), "footer")
 
+    # --- pieces of no particular block ------------------------------------------------------------
+
+    def piece(self, depth: int, ground: str) -> Callable[[], Element]:
+        """Something on `ground`, with others in it up to `depth`; each call has other words."""
+        draws = [self._words_piece, self._words_piece, self._words_piece, self._control_piece]
+        if depth:
+            draws += [self._row_piece, self._row_piece, self._box_piece]
+        return self.rng.choice(draws)(depth, ground)
+
+    def _words_piece(self, depth: int, ground: str) -> Callable[[], Element]:
+        words, theme, rng = self.words, self.theme, self.rng
+        sentences = rng.randint(1, 3)
+        tag, draw = rng.choice(
+            (
+                (f"h{rng.randint(1, 5)}", rng.choice((words.title, words.heading))),
+                (f"h{rng.randint(2, 4)}", words.title),
+                ("p", words.sentence),
+                ("p", lambda: words.text(sentences)),
+                (rng.choice(("div", "p", "b", "small", "strong", "a")), words.title),
+                (rng.choice(("div", "p")), rng.choice((words.person, words.email, words.date))),
+                (rng.choice(("div", "b", "h2")), rng.choice((words.number, words.price))),
+            )
+        )
+        style = f"margin:{rng.randint(0, 32)}px 0 {rng.randint(0, 32)}px"
+        style = style if rng.random() < 0.5 else ""
+        if rng.random() < 0.3:
+            style = _css(style, f"font-size:{rng.randint(11, 24 if self.narrow else 36)}px")
+        color = rng.choice((theme.muted, theme.accent, theme.second))
+        if rng.random() < 0.35 and contrast(color, ground) >= 2.5:
+            style = _css(style, f"color:{color}")
+        if rng.random() < 0.15:
+            style = _css(style, "text-align:center")
+        inline = tag in ("b", "small", "strong", "a")
+
+        def drawn() -> Element:
+            if inline:
+                return Element("div", style, (Element(tag, "", (draw(),)),))
+            return Element(tag, style, (draw(),))
+
+        return drawn
+
+    def _control_piece(self, depth: int, ground: str) -> Callable[[], Element]:
+        rng, theme = self.rng, self.theme
+        kind = rng.randrange(5)
+        if kind == 0:
+            style = _css(f"padding:10px;border:1px solid {theme.line}", self.rounded)
+            style = _css("width:100%" if rng.random() < 0.7 else "", style)
+            return lambda: Element(
+                "input", style, (), "control", (("placeholder", self.words.label("field")),)
+            )
+        if kind == 1:
+            size = rng.choice((32, 40, 48, 64))
+            return lambda: self.avatar(size)
+        if kind == 2:
+            height = rng.randint(40, 200)
+            return lambda: self.picture(height, self.rounded, ground)
+        color = rng.choice((theme.accent, theme.second))
+        return lambda: self.button(self.words.label("action"), color, ground)
+
+    def _row_piece(self, depth: int, ground: str) -> Callable[[], Element]:
+        """Columns, most of them alike."""
+        rng = self.rng
+        num = self.columns(2, 4)
+        alike = rng.random() < 0.6
+        cells = [self._box_or_stack(depth - 1, ground) for _ in range(1 if alike else num)]
+        width = "flex:1" if rng.random() < 0.7 else ""
+        style = _css("display:flex", f"gap:{rng.randint(4, 40)}px")
+        if rng.random() < 0.3:
+            style = _css(style, "align-items:center")
+        if not width and rng.random() < 0.4:
+            style = _css(style, "justify-content:space-between")
+
+        def drawn() -> Element:
+            made = [cells[at % len(cells)]() for at in range(num)]
+            made = [msgspec.structs.replace(e, style=_css(width, e.style)) for e in made]
+            return Element("div", style, tuple(made), "row")
+
+        return drawn
+
+    def _box_or_stack(self, depth: int, ground: str) -> Callable[[], Element]:
+        if self.rng.random() < 0.5:
+            return self._box_piece(depth, ground)
+        inside = [self.piece(depth, ground) for _ in range(self.rng.randint(1, 3))]
+        return lambda: Element("div", "", tuple(draw() for draw in inside))
+
+    def _box_piece(self, depth: int, ground: str) -> Callable[[], Element]:
+        rng, theme = self.rng, self.theme
+        color = rng.choice((theme.surface, theme.surface, theme.band, theme.accent, "white"))
+        line = f"border:1px solid {theme.line}" if rng.random() < 0.4 or color == ground else ""
+        space = f"padding:{rng.randint(4, 40)}px"
+        if rng.random() < 0.3:
+            space = f"{space} {rng.randint(4, 48)}px"
+        style = _css(self.paint(color, ground), space, line, self.rounded)
+        inside = [self.piece(max(depth - 1, 0), color) for _ in range(rng.randint(1, 4))]
+        return lambda: Element("div", style, tuple(draw() for draw in inside))
+
     def beside(self, side: Element, main: Sequence[Element]) -> Element:
         """A sidebar and what is beside it, to the left or to the right."""
         inner = Element("main", "flex:1", tuple(main), "main")
@@ -814,6 +956,16 @@ def _notice_page(page: _Composer) -> list[Element]:
     ]
     main = Element("main", style, tuple(parts), "message")
     return [*_maybe(page, 0.7, page.navigation), main, *_maybe(page, 0.8, page.footer)]
+
+
+def _freely(page: _Composer) -> list[Element]:
+    """A section with pieces in no usual order, at any distances from each other."""
+    color = page.rng.choice((page.theme.page, page.theme.page, page.theme.surface, page.theme.band))
+    pieces = [page.piece(2, color) for _ in range(page.rng.randint(1, 4))]
+    inside = tuple(draw() for draw in pieces)
+    page.note("section", color, _first_text(*inside))
+    space = f"padding:{page.rng.randint(0, 64)}px {page.rng.randint(0, 64)}px"
+    return [Element("section", _css(space, page.paint(color)), inside, "section")]
 
 
 _LAYOUTS: tuple[tuple[_Layout, float], ...] = (
