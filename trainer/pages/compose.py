@@ -14,7 +14,7 @@ import msgspec
 from trainer.pages.markup import Dialect, Element, page_html
 from trainer.pages.palette import Theme, contrast, draw_theme, ink_on
 from trainer.pages.words import Words
-from w2c_tui.core.colors import DARK, VIVID
+from w2c_tui.core.colors import COLORS, DARK, VIVID
 
 WIDTHS = (1280, 1024, 1440, 768, 480)
 """Widths of the window in px, the likelier first."""
@@ -85,6 +85,9 @@ def _draw(
     if part:
         width = rng.randint(min(NARROWEST_PART, width), width)
     theme = draw_theme(rng)
+    if part and rng.random() < 0.6:
+        inks = _inks(theme.page)
+        theme = msgspec.structs.replace(theme, text=rng.choice(inks)) if inks else theme
     words = Words(rng)
     dialect: Dialect = "inline" if rng.random() < inline_share else "classes"
     composer = _Composer(rng, theme, words, width)
@@ -114,6 +117,13 @@ def _draw(
         theme=theme,
         blocks=blocks,
     )
+
+
+def _inks(ground: str) -> list[str]:
+    """Colours but white that can be read on `ground` and on white, as a box on it may be."""
+    if ink_on(ground) == "white":
+        return []
+    return [c for c in COLORS if contrast(c, ground) >= 3 and contrast(c, "white") >= 3]
 
 
 _NO_PART = frozenset(("nav", "tr", "button", "a"))
@@ -742,6 +752,8 @@ class _Composer:
                 (f"h{rng.randint(2, 4)}", words.title),
                 ("p", words.sentence),
                 ("p", lambda: words.text(sentences)),
+                ("p", lambda: words.latin(sentences)),
+                (rng.choice(("div", "p", "a", "h4", "small")), words.sign),
                 (rng.choice(("div", "p", "b", "small", "strong", "a")), words.title),
                 (rng.choice(("div", "p")), rng.choice((words.person, words.email, words.date))),
                 (rng.choice(("div", "b", "h2")), rng.choice((words.number, words.price))),
@@ -816,7 +828,11 @@ class _Composer:
         space = f"padding:{rng.randint(4, 40)}px"
         if rng.random() < 0.3:
             space = f"{space} {rng.randint(4, 48)}px"
-        style = _css(self.paint(color, ground), space, line, self.rounded)
+        look = self.paint(color, ground)
+        inks = _inks(color)
+        if inks and ";" not in look and rng.random() < 0.3:
+            look = f"{look};color:{rng.choice(inks)}"
+        style = _css(look, space, line, self.rounded)
         inside = [self.piece(max(depth - 1, 0), color) for _ in range(rng.randint(1, 4))]
         return lambda: Element("div", style, tuple(draw() for draw in inside))
 
@@ -961,7 +977,7 @@ def _notice_page(page: _Composer) -> list[Element]:
 def _freely(page: _Composer) -> list[Element]:
     """A section with pieces in no usual order, at any distances from each other."""
     color = page.rng.choice((page.theme.page, page.theme.page, page.theme.surface, page.theme.band))
-    pieces = [page.piece(2, color) for _ in range(page.rng.randint(1, 4))]
+    pieces = [page.piece(2, color) for _ in range(page.rng.randint(2, 5))]
     inside = tuple(draw() for draw in pieces)
     page.note("section", color, _first_text(*inside))
     space = f"padding:{page.rng.randint(0, 64)}px {page.rng.randint(0, 64)}px"

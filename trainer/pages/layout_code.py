@@ -31,7 +31,7 @@ p{{white-space:normal}}
 def page_of(page: Node, element: Element, *, language: str, font: str) -> str:
     """The HTML of a page that looks as `page` says, in the font family `font`."""
     first = next(_blocks(page), None)
-    title = first.text[:MAX_TITLE] if first else "Page"
+    title = _title(first.text) if first else "Page"
     body = [
         *_padding(page),
         f"background:{page.ground}",
@@ -45,6 +45,13 @@ def page_of(page: Node, element: Element, *, language: str, font: str) -> str:
         f"<title>{html.escape(title, quote=False)}</title><style>\n{sheet}</style></head>\n<body>\n"
         f"{inside}\n</body>\n</html>"
     )
+
+
+def _title(text: str) -> str:
+    """The first words: a cut within one could not be known from what follows."""
+    if len(text) <= MAX_TITLE:
+        return text
+    return text[: MAX_TITLE + 1].rpartition(" ")[0] or text[:MAX_TITLE]
 
 
 def _inside(node: Node, ink: str, usual: int, element: Element, outer: str) -> Iterator[str]:

@@ -159,6 +159,11 @@ _CURRENCIES = {"en": ("$", "£", "€"), "de": ("€",)}
 
 
 @functools.cache
+def _latin() -> Faker:
+    return Faker("la", use_weighting=False)
+
+
+@functools.cache
 def _faker(language: str) -> Faker:
     return Faker(_LOCALES[language], use_weighting=False)
 
@@ -201,6 +206,32 @@ class Words:
 
     def text(self, sentences: int) -> str:
         return " ".join(self.sentence() for _ in range(sentences))
+
+    def latin(self, sentences: int) -> str:
+        """What stands in templates where a text will be."""
+        latin = _latin()
+        latin.seed_instance(self._rng.getrandbits(64))
+        return " ".join(latin.sentence(self._rng.randint(5, 12)) for _ in range(sentences))
+
+    def sign(self) -> str:
+        """A short text that is no sentence: capitals, a name of a file, numbers in brackets."""
+        rng = self._rng
+        number, word, other = rng.randint(1, 99), self._fake.word(), self._fake.word()
+        return rng.choice(
+            (
+                self.title().upper(),
+                f"{word} {other}",
+                f".{word}-{other}",
+                f"/{word}/{other}.js",
+                f"(+{number}%) {word} {other}",
+                f"{self.title()} ({number})",
+                f"{number} {word}",
+                f"{self.title()} →",
+                f"© {rng.randint(2012, 2027)} {other}",
+                f"{self.date()} - {self.date()}",
+                f"{word}, {other} & {self.title()}",
+            )
+        )
 
     def title(self) -> str:
         return self.phrase(1, 3)
