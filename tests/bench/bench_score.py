@@ -259,8 +259,10 @@ def gain(arguments: argparse.Namespace) -> dict[str, Any]:
         info = engine.load(LoadSpec(name=arguments.model, threads=arguments.threads))
         for image in arguments.images:
             attachment = load_attachment(image)
-            lines = engine.read_text(attachment)
-            attachment = msgspec.structs.replace(attachment, page_text=lines)
+            hints = info.hints_for("auto", "text")
+            if hints != "none":
+                lines = engine.read_text(attachment, hints)
+                attachment = msgspec.structs.replace(attachment, page_text=lines)
             messages = [Message("user", PAGE_PROMPT, (attachment,))]
             if entry is not None and not entry.knows_pages:
                 messages = begun_page(attachment)
