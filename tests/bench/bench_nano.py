@@ -10,7 +10,7 @@ wrote to FOLDER, evenly spread; every page counts, failures as 0. The rows:
 - nano-shuffled, nano-zeroed: q8_0 with the right words at the right places, while everything else
   that it is told or shown comes from the picture of another page, or from a grey one
 - nano-blind: q8_0 that is told what is right, and only sees another page
-- untrained: SmolLM2 with the same text
+- untrained: SmolLM2 with the same text, from the GGUF file in its package
 - rule: the text that recognition finds as one paragraph per line, with no model
 - layout: what the model is told of the layout, put into HTML by the rules with which the pages that
   it learns are made, with no model: how well it could do without what it adds, the elements' names
@@ -98,7 +98,9 @@ def spec_of(variant: str, folder: Path) -> LoadSpec:
             subprocess.run([*command, "--out", folder, "--quant", "f16"], check=True)
             found = list(folder.glob("*-f16.gguf"))
         return LoadSpec(name=str(next(f for f in found if "mmproj" not in f.name)))
-    return LoadSpec(name="smollm2-135m" if variant == "untrained" else MODEL, backend="hf")
+    if variant == "untrained":
+        return LoadSpec(name="smollm2-135m", backend="gguf")
+    return LoadSpec(name=MODEL, backend="hf")
 
 
 Told = dict[tuple[Path, Hints], tuple[TextLine, ...]]
