@@ -302,7 +302,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--max-new-tokens", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if not arguments.images:
         arguments.images = [str(p) for p in sorted(Path("examples").glob("*.png"))]
     run = {"speed": speed, "sanity": sanity, "memory": memory, "gain": gain}[arguments.what]
