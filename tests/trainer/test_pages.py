@@ -140,7 +140,7 @@ def test_parts_are_cut_from_pages_or_composed_freely_and_are_as_narrow_as_cards(
     whole = sorted(len(page.html) for page in PAGES)
     cut = sorted(len(part.html) for part in parts)
     assert cut[40] < 0.8 * whole[len(whole) // 2]
-    # None are asked for, and pages are what they are without the option.
+    # Without the option a seed makes the same pages as ever.
     assert [compose(7, index, part_share=0.0) for index in range(5)] == PAGES[:5]
 
 

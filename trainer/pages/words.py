@@ -159,13 +159,8 @@ _CURRENCIES = {"en": ("$", "£", "€"), "de": ("€",)}
 
 
 @functools.cache
-def _latin() -> Faker:
-    return Faker("la", use_weighting=False)
-
-
-@functools.cache
-def _faker(language: str) -> Faker:
-    return Faker(_LOCALES[language], use_weighting=False)
+def _faker(locale: str) -> Faker:
+    return Faker(locale, use_weighting=False)
 
 
 class Words:
@@ -174,7 +169,7 @@ class Words:
     def __init__(self, rng: random.Random) -> None:
         self.language = rng.choices(tuple(_LOCALES), _SHARES)[0]
         self._rng = rng
-        self._fake = _faker(self.language)
+        self._fake = _faker(_LOCALES[self.language])
         self._fake.seed_instance(rng.getrandbits(64))
         self.brand = self._brand()
         self._currency = rng.choice(_CURRENCIES.get(self.language, ("€",)))
@@ -209,7 +204,7 @@ class Words:
 
     def latin(self, sentences: int) -> str:
         """What stands in templates where a text will be."""
-        latin = _latin()
+        latin = _faker("la")
         latin.seed_instance(self._rng.getrandbits(64))
         return " ".join(latin.sentence(self._rng.randint(5, 12)) for _ in range(sentences))
 
