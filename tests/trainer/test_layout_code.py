@@ -68,6 +68,17 @@ def test_elements_are_those_of_the_source_with_the_numbers_of_the_layout() -> No
     ]
 
 
+def test_paddings_begin_alike_with_and_without_a_left_one() -> None:
+    box = area(0, 0, 800, 200, NAVY)
+    assert 'padding:50px 0 0 24px">' in written([box, text("Home", 24, 50, ink=WHITE)], None)[0]
+    centred = [box, text("Home", 384, 50, ink=WHITE)]
+    assert 'padding:50px 0 0;text-align:center">' in written(centred, None)[0].replace(
+        ";color:white", ""
+    )
+    two = [box, text("Home", 384, 50, ink=WHITE), text("Home and more", 348, 90, ink=WHITE)]
+    assert written(two, None)[0].endswith(';padding:50px 0 0">')
+
+
 def test_without_a_source_there_are_blocks() -> None:
     rows = written(LINES, None)
     assert not any(name in row for row in rows for name in ("<nav", "<h1", "<input", "<button"))

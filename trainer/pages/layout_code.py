@@ -121,20 +121,23 @@ def _place(node: Node) -> list[str]:
     return style
 
 
-def _padding(node: Node) -> list[str]:
+def _padding(node: Node, *, middle: bool = False) -> list[str]:
+    """Begins alike whether or not there is a left one: a model reads the numbers one by one.
+
+    Without the left one where the text is in the `middle`, which a left one would move.
+    """
     top, left = node.padding
-    if not left:
-        return [f"padding-top:{top}px"] if top else []
-    return [f"padding:{top}px 0 0 {left}px"]
+    if not top and (middle or not left):
+        return []
+    return [f"padding:{top}px 0 0" + (f" {left}px" if left and not middle else "")]
 
 
 def _around_text(box: Node, name: str, text: Node) -> list[str]:
     """Buttons and fields have their text in the middle, or in the middle of their height."""
-    top, left = box.padding
     if name == "input":
-        return [f"padding-left:{left}px"]
+        return [f"padding-left:{box.padding[1]}px"]
     if text.middle:
-        return [] if name == "button" else [f"padding-top:{top}px"]
+        return [] if name == "button" else _padding(box, middle=True)
     return _padding(box)
 
 
