@@ -60,7 +60,7 @@ def pack(
     result = source / "model"
     checkpoint = open_checkpoint(result)
     tower = {
-        match[1]: tensor[...]
+        match[1]: _narrowed(tensor[...])
         for name, tensor in (checkpoint.tensors or {}).items()
         if (match := _TOWER.fullmatch(name))
     }
@@ -88,6 +88,12 @@ def pack(
                 hint="Train with a smaller --lora-rank.",
             )
     return apart
+
+
+def _narrowed(tensor: torch.Tensor) -> torch.Tensor:
+    """In bfloat16 if nothing is lost: runs in float32 write what they did not train so, too."""
+    half = tensor.bfloat16()
+    return half if torch.equal(half.to(tensor.dtype), tensor) else tensor
 
 
 def _trained(source: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -22,7 +22,8 @@ from w2c_tui.core.conversation import Message
 from w2c_tui.core.errors import CheckpointError, ConfigError
 from w2c_tui.core.reference import load_attachment
 from w2c_tui.engine.client import EngineClient
-from w2c_tui.models.bundled import assemble, assembled_folder
+from w2c_tui.models.bundled import assemble, assembled_folder, write_bundled
+from w2c_tui.models.bundled import describe as describe_bundled
 from w2c_tui.models.checkpoint import load_model, read_card
 
 
@@ -82,9 +83,20 @@ def test_the_packed_part_of_two_runs_is_the_last_result_again(runs, packed):
 
 
 def test_a_run_that_goes_on_from_a_packed_model_is_packed_with_it(runs, packed, prepared):
+    # A tower in 16 bit stays so, though a run in float32 writes it in 32.
+    start = runs / "with-a-small-tower"
+    write_bundled(
+        start,
+        language_model=describe_bundled(packed).language_model,
+        tensors={
+            name: tensor.bfloat16() if name.startswith("vision_tower.") else tensor
+            for name, tensor in load_file(packed / "trained.safetensors").items()
+        },
+        beside={name: packed / name for name in ("config.json", "w2c.json")},
+    )
     flags = {
         "data": str(prepared("pages", "finetune")),
-        "model": str(packed),
+        "model": str(start),
         "lora_rank": 7,
         "lora_alpha": 21,
         "save_every": 100,
@@ -95,7 +107,10 @@ def test_a_run_that_goes_on_from_a_packed_model_is_packed_with_it(runs, packed, 
     out = runs / "packed-again"
     arguments = [runs / "third", "--out", out, "--language-model", runs / "language-model"]
     assert run(command, list(map(str, arguments))) == 0
-    assert load_file(out / "trained.safetensors")["layers.0.mlp.up_proj.lora_A"].shape == (7, 64)
+    stored = load_file(out / "trained.safetensors")
+    assert stored["layers.0.mlp.up_proj.lora_A"].shape == (7, 64)
+    tower = {tensor.dtype for name, tensor in stored.items() if name.startswith("vision_tower.")}
+    assert tower == {torch.bfloat16}
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
