@@ -144,6 +144,22 @@ def test_parts_are_cut_from_pages_or_composed_freely_and_are_as_narrow_as_cards(
     assert [compose(7, index, part_share=0.0) for index in range(5)] == PAGES[:5]
 
 
+def test_stacks_are_many_sections_of_which_many_are_alike() -> None:
+    stacks = [compose(7, index, stack_share=1.0) for index in range(40)]
+    assert compose(7, 3, stack_share=1.0) == stacks[3]
+    assert {stack.layout for stack in stacks} == {"stacked"}
+    usual, stacked = (
+        [page.html.count("<section") for page in pages] for pages in (PAGES[:40], stacks)
+    )
+    assert sum(stacked) > 1.5 * sum(usual)
+    assert sum(count >= 3 for count in stacked) > 5 + sum(count >= 3 for count in usual)
+    for stack in stacks:
+        for block in stack.blocks:
+            assert html.escape(block.first_text, quote=False) in stack.html
+    assert any(compose(7, i, part_share=0.5, stack_share=1.0).layout != "stacked" for i in range(9))
+    assert [compose(7, index, stack_share=0.0) for index in range(5)] == PAGES[:5]
+
+
 def test_records_are_what_the_application_would_ask_and_pictures_hold_the_whole_page(
     tmp_path: Path,
 ) -> None:

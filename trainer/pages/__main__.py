@@ -56,6 +56,13 @@ _Widths = Annotated[
     help="Share of pages that are but a section or a card, cut off at its edges, at any width.",
 )
 @click.option(
+    "--stack-share",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    help="Share of the other pages that are many short sections in any order, many of them alike.",
+)
+@click.option(
     "--hints",
     type=click.Choice(get_args(Hints)),
     default="text",
@@ -81,6 +88,7 @@ def main(
     widths: str,
     inline_share: float,
     part_share: float,
+    stack_share: float,
     hints: Hints,
     code: Code,
     tabs: int,
@@ -93,7 +101,11 @@ def main(
     try:
         check_code(code, hints)
         plan = Plan(
-            seed=seed, widths=_widths(widths), inline_share=inline_share, part_share=part_share
+            seed=seed,
+            widths=_widths(widths),
+            inline_share=inline_share,
+            part_share=part_share,
+            stack_share=stack_share,
         )
         # Our own pages end; a machine that is busy with training may take long for one.
         settings = RenderSettings(tabs=tabs, height=16, timeout_s=300)

@@ -58,10 +58,12 @@ def compose(
     widths: Sequence[int] = WIDTHS,
     inline_share: float = 0.15,
     part_share: float = 0.0,
+    stack_share: float = 0.0,
 ) -> ComposedPage:
     """Page number `index` of the set that `seed` makes.
 
-    `part_share` of the pages are but a part of one, a section or a card, cut off at its edges.
+    `part_share` of the pages are but a part of one, a section or a card, cut off at its edges;
+    `stack_share` of the others are many sections in no usual order, some of them in rows alike.
     """
     # Strings seed through SHA-512: the same on every platform, and pages are independent.
     rng = random.Random(f"w2c page {seed} {index}")
@@ -71,6 +73,8 @@ def compose(
     part = part_share > 0 and rng.random() < part_share
     if part and rng.random() < FREE_SHARE:
         layout = _freely
+    if stack_share > 0 and not part and rng.random() < stack_share:
+        layout = _stacked
     drawn = [_draw(layout, rng, widths, inline_share, part)]
     while len(drawn[-1].html) > MAX_CHARACTERS and len(drawn) < _MOST_DRAWS:
         drawn.append(_draw(layout, rng, widths, inline_share, part))
@@ -982,6 +986,42 @@ def _freely(page: _Composer) -> list[Element]:
     page.note("section", color, _first_text(*inside))
     space = f"padding:{page.rng.randint(0, 64)}px {page.rng.randint(0, 64)}px"
     return [Element("section", _css(space, page.paint(color)), inside, "section")]
+
+
+def _stacked(page: _Composer) -> list[Element]:
+    """Many short sections one below the other; what comes next is not known from the one before."""
+    made = _maybe(page, 0.7, page.navigation)
+    for _ in range(page.rng.randint(2, 4)):
+        kind = page.rng.random()
+        if kind < 0.2:
+            made += _freely(page)
+        elif kind < 0.55:
+            made.append(getattr(page, page.rng.choice(_SHORT))())
+        else:
+            made.append(_alike(page))
+    return [*made, *_maybe(page, 0.7, page.footer)]
+
+
+_SHORT = ("hero", "quote", "call", "steps", "tiles", "about", "notice", "cards", "questions")
+
+
+def _alike(page: _Composer) -> Element:
+    """A piece, or a row of pieces, again and again with other words, in a container."""
+    rng = page.rng
+    draw = rng.choice((page.piece, page._row_piece, page._row_piece, page._box_piece))(
+        1, page.theme.page
+    )
+    between = f"margin-bottom:{rng.randint(0, 56)}px"
+    rows = [Element("div", between, (draw(),)) for _ in range(rng.choice((2, 2, 3, 4)))]
+    inside = [*(page.section_title() if rng.random() < 0.4 else []), *rows]
+    page.note("section", page.theme.page, _first_text(*inside))
+    style = f"padding:{rng.randint(8, 64)}px {rng.randint(8, 64)}px 0"
+    if rng.random() < 0.5:
+        style = _css(style, f"max-width:{round(page.width * rng.uniform(0.6, 0.95))}px")
+        style = _css(style, "margin:0 auto")
+    if rng.random() < 0.35:
+        style = _css(style, "text-align:center")
+    return Element("section", style, tuple(inside), "section")
 
 
 _LAYOUTS: tuple[tuple[_Layout, float], ...] = (

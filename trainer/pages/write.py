@@ -71,6 +71,7 @@ class Plan(msgspec.Struct, frozen=True):
     widths: tuple[int, ...]
     inline_share: float
     part_share: float = 0.0
+    stack_share: float = 0.0
     format_version: int = FORMAT_VERSION
     faker: str = faker.VERSION
 
@@ -95,7 +96,8 @@ def make_pages(
 
     def sources() -> Iterator[PageSource]:
         for index in todo:
-            page = compose(plan.seed, index, plan.widths, plan.inline_share, plan.part_share)
+            shares = (plan.inline_share, plan.part_share, plan.stack_share)
+            page = compose(plan.seed, index, plan.widths, *shares)
             composed[index] = page
             # The window has next to no height: the picture is then as high as the page itself.
             yield PageSource(page.html, width=page.width, name=f"page {index}")
