@@ -71,9 +71,9 @@ def compose(
     layout = rng.choices(names, weights)[0]
     # Nothing is drawn for what is not asked for: the pages of a seed stay what they were.
     part = part_share > 0 and rng.random() < part_share
-    if part and rng.random() < FREE_SHARE:
-        layout = _freely
-    if stack_share > 0 and not part and rng.random() < stack_share:
+    if part:
+        layout = _freely if rng.random() < FREE_SHARE else layout
+    elif stack_share > 0 and rng.random() < stack_share:
         layout = _stacked
     drawn = [_draw(layout, rng, widths, inline_share, part)]
     while len(drawn[-1].html) > MAX_CHARACTERS and len(drawn) < _MOST_DRAWS:

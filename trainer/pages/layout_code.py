@@ -127,9 +127,10 @@ def _padding(node: Node, *, middle: bool = False) -> list[str]:
     Without the left one where the text is in the `middle`, which a left one would move.
     """
     top, left = node.padding
-    if not top and (middle or not left):
+    left = 0 if middle else left
+    if not (top or left):
         return []
-    return [f"padding:{top}px 0 0" + (f" {left}px" if left and not middle else "")]
+    return [f"padding:{top}px 0 0" + (f" {left}px" if left else "")]
 
 
 def _around_text(box: Node, name: str, text: Node) -> list[str]:
