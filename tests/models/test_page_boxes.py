@@ -63,6 +63,16 @@ def test_a_box_with_nothing_but_a_border_is_one() -> None:
     assert ((50, 50, 200, 90), PAGE, NAVY) in areas(picture)
 
 
+def test_the_edge_of_a_shadow_is_no_area_but_a_bar_is() -> None:
+    picture, draw = page()
+    draw.rectangle((20, 100, 379, 299), fill=CARD)
+    draw.rectangle((40, 300, 359, 303), fill=(236, 236, 236))
+    draw.rectangle((40, 200, 359, 203), fill=NAVY)
+    found = [box for box, *_ in areas(picture)]
+    assert (40, 200, 360, 204) in found
+    assert (40, 300, 360, 304) not in found
+
+
 def test_letters_and_what_is_in_them_are_no_areas() -> None:
     picture, draw = page()
     line = written(draw, (40, 40), "BOOM", 120)

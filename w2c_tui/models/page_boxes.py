@@ -46,6 +46,9 @@ NOISE, MAX_NOISY = 10, 0.015
 """Difference, in any channel, that a lossy format makes of one colour; and the share of pixels that
 differ so little, but at all, from their neighbours in pictures that went through one."""
 
+SHADOW = 20
+"""Difference, in any channel, up to which a stripe and what it lies on are a shadow's edge."""
+
 MIN_PEAK = 0.1
 """Of the count of a colour, that a colour near to it has if it is one of its own."""
 
@@ -188,7 +191,7 @@ def _along(part: NDArray[np.bool_], inset: int) -> float:
 
 
 def _with_borders(pixels: NDArray[np.uint8], areas: list[TextLine]) -> Iterator[TextLine]:
-    """All but the first of `areas`, larger by the borders that they have.
+    """All but the first of `areas`, larger by the borders that they have; without shadows.
 
     A border has one colour on three sides at least and is thin. Round corners are mixtures, so that
     borders are not areas themselves.
@@ -196,6 +199,8 @@ def _with_borders(pixels: NDArray[np.uint8], areas: list[TextLine]) -> Iterator[
     for at, area in enumerate(areas[1:], start=1):
         around = next(other for other in reversed(areas[:at]) if _covers(other.box, area.box))
         left, top, right, bottom = area.box
+        if min(right - left, bottom - top) < MIN_SIDE_PX and _is_shadow(area, around):
+            continue
         x, y = (left + right) // 2, (top + bottom) // 2
         outward = [
             pixels[y, max(left - MAX_BORDER_PX - 1, 0) : left][::-1],
@@ -215,6 +220,11 @@ def _with_borders(pixels: NDArray[np.uint8], areas: list[TextLine]) -> Iterator[
         box = (left - thick[0], top - thick[1], right + thick[2], bottom + thick[3])
         radius = area.radius + max(thick) if area.radius else 0
         yield msgspec.structs.replace(area, box=box, ink=color, radius=radius)
+
+
+def _is_shadow(stripe: TextLine, around: TextLine) -> bool:
+    assert stripe.ground is not None and around.ground is not None
+    return _apart_by(stripe.ground, around.ground) <= SHADOW
 
 
 def _radius(pixels: NDArray[np.uint8], box: Box, color: RGB) -> int:
