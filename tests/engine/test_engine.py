@@ -164,7 +164,12 @@ def test_leaving_a_stream_cancels_it_and_frees_the_engine(engine, slow_llama):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 @pytest.mark.parametrize(
-    ("number", "cause"), [(signal.SIGKILL, "memory"), (signal.SIGSEGV, "segmentation fault")]
+    ("number", "cause"),
+    [
+        (signal.SIGKILL, "memory"),
+        (signal.SIGSEGV, "segmentation fault"),
+        (signal.SIGILL, "this CPU does not know"),
+    ],
 )
 def test_a_killed_engine_is_an_error_that_names_the_cause_and_can_be_replaced(
     engine, slow_llama, tiny_llama, number, cause

@@ -161,6 +161,9 @@ class LanguageModel(Closing):
     def _load(self, runtime: RuntimeOptions, report: Report) -> None:
         params: Any = lib.llama_model_default_params()
         params.n_gpu_layers = runtime.n_gpu_layers
+        # Its matrix products for AMX crash, as threads do not set up their tiles
+        # (github.com/ggml-org/llama.cpp/pull/26954). They are an extra type of buffer.
+        params.use_extra_bufts = "AMX_INT8 = 1" not in text_of(lib.llama_print_system_info())
         shares = (ctypes.c_float * max(lib.llama_max_devices(), 1))(*runtime.tensor_split)
         if runtime.tensor_split:
             params.tensor_split = shares

@@ -209,6 +209,11 @@ class EngineClient:
         hint = "Load the model again to go on; the conversation is kept."
         if code in (-signal.SIGTERM, 0):
             return EngineError("The engine was stopped.", hint=hint)
+        if code == -getattr(signal, "SIGILL", 4):
+            hint = (
+                "Was llama-cpp-python compiled on another machine? Install the same version again, "
+                "with pip install --force-reinstall --no-deps --no-cache-dir."
+            )
         return EngineCrashedError(reason, hint=f"{hint} Details: {self.log_path}")
 
 
@@ -328,7 +333,11 @@ def _death(code: int, oom_kills: int) -> str:
             return "The engine ran out of memory and was killed by the system."
         return "The engine was killed (signal 9); most often that means it ran out of memory."
     if code < 0:
-        names = {signal.SIGSEGV: "a segmentation fault", signal.SIGABRT: "an abort in native code"}
+        names = {
+            signal.SIGSEGV: "a segmentation fault",
+            signal.SIGABRT: "an abort in native code",
+            signal.SIGILL: "an instruction that this CPU does not know",
+        }
         try:
             name = names.get(signal.Signals(-code), signal.Signals(-code).name)
         except ValueError:

@@ -223,7 +223,8 @@ def _with_borders(pixels: NDArray[np.uint8], areas: list[TextLine]) -> Iterator[
 
 
 def _is_shadow(stripe: TextLine, around: TextLine) -> bool:
-    assert stripe.ground is not None and around.ground is not None
+    assert stripe.ground is not None
+    assert around.ground is not None
     return _apart_by(stripe.ground, around.ground) <= SHADOW
 
 
