@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args
 
 import click
 
-from trainer.allocator import keep_freed_memory
+from trainer.allocator import bound_kernel_caches, keep_freed_memory
 from trainer.recipes import RECIPES, Recipe, Stage, resolve
 from w2c_tui.console.options import field_options
 from w2c_tui.core.config import ExportSpec, Quant
@@ -83,6 +83,7 @@ def _run(recipe: Recipe, resume: bool, export_gguf: Quant | None) -> int:
         # Before anything imports deepspeed, which else looks for devices and tells about it.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         keep_freed_memory()
+        bound_kernel_caches()
     # Which kernels it lacks, it tells as it is imported, even where nothing is quantised.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from trainer.loop import train
