@@ -1,9 +1,10 @@
 """Memory of the process, for training on a CPU: what is freed stays, what is cached has bounds.
 
-Owns the settings of glibc's allocator and of oneDNN's caches. By default the first returns every
-large block to the system as it is freed and when the heap's end is free, and each step takes all
-its activations anew, page by page (mallopt(3)). The second keep the kernels of the last 1,024
-shapes, of which every new length of a batch is one.
+Owns the settings of glibc's allocator. By default it returns every large block to the system as it
+is freed and when the heap's end is free, and each step takes all its activations anew, page by page
+(mallopt(3)).
+Owns the bounds of oneDNN's caches, too, which by default keep the kernels of the last 1,024 shapes:
+every new length of a batch is several.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def bound_kernel_caches() -> None:
     """Fewer of oneDNN's kernels are kept, unless the environment says how many.
 
     Holds for processes that have not computed yet. As many as a step uses are enough: with new
-    lengths every step the default took 8 GiB more within 150 steps, at the same speed.
+    lengths every step the default took 7 GiB more within 150 steps.
     """
     # torch caches what oneDNN caches, by a name of its own.
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
@@ -43,4 +44,4 @@ def bound_kernel_caches() -> None:
 
 
 _MAX_KERNELS = 64
-"""A layer has five kinds of products, and training takes three of each."""
+"""A dense model has about five shapes of weights, and training takes three products with each."""

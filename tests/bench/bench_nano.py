@@ -216,8 +216,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="A folder; what is there stays.")
     parser.add_argument("--at-least", type=float, default=0.0, help="Fail below this score.")
     given = parser.parse_args()
-    if not 0 <= given.skip < given.pages:
-        parser.error(f"--skip {given.skip} leaves none of {given.pages} pages.")
     params = GenerationParams(
         temperature=given.temperature,
         max_new_tokens=1200,
@@ -234,6 +232,9 @@ def main() -> None:
             if given.real
             else composed_pages(given.out, given.pages, renderer)
         )
+        asked = pages[given.skip :] if given.skip >= 0 else []
+        if not asked:
+            parser.error(f"--skip {given.skip} leaves none of {len(pages)} pages.")
         for variant in given.variants.split(","):
             folder = given.out / variant
             run = Run(
@@ -248,9 +249,9 @@ def main() -> None:
                 Journal(folder, run, PageResult) as journal,
             ):
                 writer = writer_of(variant, pages, engine, given.out, params, told)
-                result = run_wcgb(pages[given.skip :], [writer], journal, renderer)
+                result = run_wcgb(asked, [writer], journal, renderer)
                 rows = journal.rows
-            colors = right_colors(pages[given.skip :], folder, renderer)
+            colors = right_colors(asked, folder, renderer)
             print(line_of(variant, result, rows, colors), flush=True)
             lowest = min(lowest, result.score)
     if lowest < given.at_least:

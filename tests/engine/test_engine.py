@@ -164,15 +164,15 @@ def test_leaving_a_stream_cancels_it_and_frees_the_engine(engine, slow_llama):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 @pytest.mark.parametrize(
-    ("number", "cause"),
+    ("number", "cause", "remedy"),
     [
-        (signal.SIGKILL, "memory"),
-        (signal.SIGSEGV, "segmentation fault"),
-        (signal.SIGILL, "this CPU does not know"),
+        (signal.SIGKILL, "memory", "Load the model again"),
+        (signal.SIGSEGV, "segmentation fault", "Load the model again"),
+        (signal.SIGILL, "this CPU does not know", "--no-cache-dir"),
     ],
 )
 def test_a_killed_engine_is_an_error_that_names_the_cause_and_can_be_replaced(
-    engine, slow_llama, tiny_llama, number, cause
+    engine, slow_llama, tiny_llama, number, cause, remedy
 ):
     engine.load(spec(slow_llama))
     params = GenerationParams(temperature=1.0, max_new_tokens=5000)
@@ -183,6 +183,7 @@ def test_a_killed_engine_is_an_error_that_names_the_cause_and_can_be_replaced(
     with pytest.raises(EngineCrashedError, match=cause) as caught:
         list(stream)
     assert str(engine.log_path) in caught.value.hint
+    assert remedy in caught.value.hint
     assert engine.model is None
     engine.load(spec(tiny_llama))
     assert text_of(list(engine.stream([user("Hi")], GREEDY)))

@@ -68,8 +68,10 @@ def test_the_edge_of_a_shadow_is_no_area_but_a_bar_is() -> None:
     draw.rectangle((20, 100, 379, 299), fill=CARD)
     draw.rectangle((40, 300, 359, 303), fill=(236, 236, 236))
     draw.rectangle((40, 200, 359, 203), fill=NAVY)
+    draw.rectangle((40, 220, 359, 229), fill=(238, 238, 238))
     found = [box for box, *_ in areas(picture)]
     assert (40, 200, 360, 204) in found
+    assert (40, 220, 360, 230) in found
     assert (40, 300, 360, 304) not in found
 
 

@@ -209,10 +209,10 @@ class EngineClient:
         hint = "Load the model again to go on; the conversation is kept."
         if code in (-signal.SIGTERM, 0):
             return EngineError("The engine was stopped.", hint=hint)
-        if code == -getattr(signal, "SIGILL", 4):
-            hint = (
-                "Was llama-cpp-python compiled on another machine? Install the same version again, "
-                "with pip install --force-reinstall --no-deps --no-cache-dir."
+        if code == -signal.SIGILL:
+            hint += (
+                " Was llama-cpp-python compiled on another machine? Then install the same version "
+                "of it again, with pip install --force-reinstall --no-deps --no-cache-dir."
             )
         return EngineCrashedError(reason, hint=f"{hint} Details: {self.log_path}")
 

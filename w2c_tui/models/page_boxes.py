@@ -47,7 +47,8 @@ NOISE, MAX_NOISY = 10, 0.015
 differ so little, but at all, from their neighbours in pictures that went through one."""
 
 SHADOW = 20
-"""Difference, in any channel, up to which a stripe and what it lies on are a shadow's edge."""
+"""Difference, in any channel, up to which a stripe as thin as a border and what it lies on are a
+shadow's edge; thicker ones are the tracks of bars."""
 
 MIN_PEAK = 0.1
 """Of the count of a colour, that a colour near to it has if it is one of its own."""
@@ -199,7 +200,7 @@ def _with_borders(pixels: NDArray[np.uint8], areas: list[TextLine]) -> Iterator[
     for at, area in enumerate(areas[1:], start=1):
         around = next(other for other in reversed(areas[:at]) if _covers(other.box, area.box))
         left, top, right, bottom = area.box
-        if min(right - left, bottom - top) < MIN_SIDE_PX and _is_shadow(area, around):
+        if min(right - left, bottom - top) <= MAX_BORDER_PX and _is_shadow(area, around):
             continue
         x, y = (left + right) // 2, (top + bottom) // 2
         outward = [
