@@ -28,6 +28,7 @@ import llama_cpp.llama_cpp as lib
 import numpy as np
 from PIL import Image
 
+import tests.llama_library  # noqa: F401 - models are loaded without what crashes
 from tests.backends.contract import events, stats, text_of, user
 from tests.backends.gguf_files import save_mmproj
 from tests.bench.candidates import compare_candidates

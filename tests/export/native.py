@@ -9,6 +9,8 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 
+import tests.llama_library  # noqa: F401 - models are loaded without what crashes
+
 _F32 = 0
 
 
