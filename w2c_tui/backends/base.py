@@ -137,6 +137,20 @@ class Backend(Protocol):
         """
         ...
 
+    def prefill(
+        self,
+        messages: Sequence[Message],
+        params: GenerationParams,
+        cancelled: Callable[[], bool],
+    ) -> Iterator[Prefill]:
+        """Read the conversation as `stream` would, and write nothing: what a later request shares
+        with it at the beginning is not read again.
+
+        Does nothing where reading twice cannot be spared. `cancelled` is asked after each step, and
+        what was read until then stays. Raises what `stream` raises.
+        """
+        ...
+
     def close(self) -> None:
         """Give back the model's memory."""
         ...

@@ -25,7 +25,7 @@ from w2c_tui.backends.gguf_header import GGUFHeader
 from w2c_tui.backends.image_encoder import ImageEncoder, check_belongs
 from w2c_tui.backends.llama import ImageChunk, LanguageModel, RuntimeOptions, Unit, num_tokens
 from w2c_tui.backends.llama_library import VERSION, supports_gpus
-from w2c_tui.backends.turn import Candidates, Prompt, Row, answer, resident_peak
+from w2c_tui.backends.turn import Candidates, Prompt, Row, answer, prefill, resident_peak
 from w2c_tui.core.config import DeviceShare, GenerationParams, LoadSpec, checked, paths
 from w2c_tui.core.conversation import Attachment, Hints, Message
 from w2c_tui.core.errors import (
@@ -324,6 +324,17 @@ class GGUFBackend:
             model.cancelled = _never
             if self._encoder is not None:
                 self._encoder.cancelled = _never
+
+    def prefill(
+        self,
+        messages: Sequence[Message],
+        params: GenerationParams,
+        cancelled: Callable[[], bool],
+    ) -> Iterator[Prefill]:
+        """See `Backend.prefill`."""
+        if self._model is None:
+            raise EngineError("No model is loaded.", hint="Load one first.")
+        yield from prefill(self, messages, checked(params), cancelled)
 
 
 class GGUFTokenizer:

@@ -23,7 +23,15 @@ from transformers import Cache, DynamicCache
 from w2c_tui.backends import cpu
 from w2c_tui.backends.base import Event, ModelInfo, Prefill, Report
 from w2c_tui.backends.kv_cache import GrowingLayer, growing_cache
-from w2c_tui.backends.turn import Candidates, Interrupted, Prompt, Row, answer, resident_peak
+from w2c_tui.backends.turn import (
+    Candidates,
+    Interrupted,
+    Prompt,
+    Row,
+    answer,
+    prefill,
+    resident_peak,
+)
 from w2c_tui.core.config import DeviceShare, GenerationParams, LoadSpec, checked, paths
 from w2c_tui.core.conversation import Attachment, Message
 from w2c_tui.core.errors import (
@@ -437,6 +445,21 @@ class HFBackend:
                 yield from answer(self, messages, params, cancelled, ahead, until)
         finally:
             self._cancelled = _never
+            self._settle()
+
+    def prefill(
+        self,
+        messages: Sequence[Message],
+        params: GenerationParams,
+        cancelled: Callable[[], bool],
+    ) -> Iterator[Prefill]:
+        """See `Backend.prefill`."""
+        if self._loaded is None:
+            raise EngineError("No model is loaded.", hint="Load one first.")
+        try:
+            with _library_errors():
+                yield from prefill(self, messages, checked(params), cancelled)
+        finally:
             self._settle()
 
     @property

@@ -27,6 +27,7 @@ from w2c_tui.backends.base import (
     Finished,
     FinishReason,
     ModelInfo,
+    Prefill,
     Report,
     Stats,
     Text,
@@ -136,6 +137,15 @@ class OpenAIBackend:
         page = await self._client.models.list()
         # JSON may hold half a character, which nothing here can pass on.
         return [model.model_dump() | {"id": _whole(str(model.id))} for model in page.data]
+
+    def prefill(
+        self,
+        messages: Sequence[Message],
+        params: GenerationParams,
+        cancelled: Callable[[], bool],
+    ) -> Iterator[Prefill]:
+        """See `Backend.prefill`. The protocol knows only whole answers, and they may cost money."""
+        return iter(())
 
     def close(self) -> None:
         """See `Backend.close`."""

@@ -306,15 +306,7 @@ def answer(
     else:
         kept = None
         forget_candidates(runtime)
-        if not runtime.reads_images:
-            _require_page_text(messages)
-        left, dropped = fit_context(
-            messages,
-            lambda some: runtime.encode(some).num_tokens,
-            runtime.context_length,
-            params.max_new_tokens,
-        )
-        prompt = runtime.encode(left)
+        prompt, dropped = _fitting(runtime, messages, params)
         seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(4), "big")
         limit = min(params.max_new_tokens, runtime.context_length - prompt.num_tokens)
         writing = _Writing(runtime, prompt, request, seed, limit)
@@ -379,6 +371,41 @@ def answer(
             seed=writing.seed,
         ),
     )
+
+
+def prefill(
+    runtime: Runtime,
+    messages: Sequence[Message],
+    params: GenerationParams,
+    cancelled: Callable[[], bool],
+) -> Iterator[Prefill]:
+    """The events of `Backend.prefill` for a runtime that computes tokens."""
+    if not runtime.can_draft:
+        # Its context cannot be taken back to where another prompt parts from this one.
+        return
+    forget_candidates(runtime)
+    prompt, _ = _fitting(runtime, messages, params)
+    with contextlib.closing(runtime.read(prompt)) as steps:  # type: ignore[type-var]
+        for step in steps:
+            if isinstance(step, Prefill):
+                yield step
+                if cancelled():
+                    return
+
+
+def _fitting(
+    runtime: Runtime, messages: Sequence[Message], params: GenerationParams
+) -> tuple[Prompt, int]:
+    """The prompt of what fits the context, and how many of the oldest messages do not."""
+    if not runtime.reads_images:
+        _require_page_text(messages)
+    left, dropped = fit_context(
+        messages,
+        lambda some: runtime.encode(some).num_tokens,
+        runtime.context_length,
+        params.max_new_tokens,
+    )
+    return runtime.encode(left), dropped
 
 
 def _branched(

@@ -100,6 +100,14 @@ class Engine:
                 )
                 for event in stream:
                     self._reply(wire.Emitted(ident, event))
+            case wire.Prefill():
+                if self._backend is None:
+                    raise EngineError("No model is loaded.", hint="Load one first.")
+                steps = self._backend.prefill(
+                    request.messages, request.params, lambda: ident in self._cancelled
+                )
+                for step in steps:
+                    self._reply(wire.Emitted(ident, step))
             case wire.ReadText():
                 from w2c_tui.core.image import open_image
                 from w2c_tui.models.page_text import read_hints

@@ -1,8 +1,8 @@
 """The front ends' side of the engine: starts the process, asks it, and survives its death.
 
 One request runs at a time; further ones wait their turn, so that several sessions can share one
-loaded model. Every method may be called from any thread. Knows nothing about torch, backends'
-insides or screens, and imports none of them.
+loaded model; reading a prompt before it is sent gives way to all others. Every method may be called
+from any thread. Knows nothing about torch, backends' insides or screens, and imports none of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from w2c_tui.backends.base import Event, ModelInfo, Report
+from w2c_tui.backends.base import Event, ModelInfo, Prefill, Report
 from w2c_tui.core.config import DeviceShare, ExportSpec, GenerationParams, LoadSpec, checked
 from w2c_tui.core.conversation import Attachment, Hints, Message, TextLine
 from w2c_tui.core.errors import EngineCrashedError, EngineError, StoreError, error_named
@@ -40,6 +40,9 @@ class EngineClient:
         self._turn = threading.Lock()
         self._numbers = iter(range(1, sys.maxsize))
         self._current: int | None = None
+        self._num_pressing = 0
+        """Requests that wait or run, but for those that give way."""
+        self._counting = threading.Lock()
 
     def __enter__(self) -> EngineClient:
         return self
@@ -88,6 +91,24 @@ class EngineClient:
                 if isinstance(reply, wire.Emitted):
                     yield reply.event
 
+    def prefill(self, messages: Sequence[Message], params: GenerationParams) -> Iterator[Prefill]:
+        """Have the model read what may be sent soon, see `Backend.prefill`; progress on the way.
+
+        It gives way to any other request, and does not begin while there is one.
+        """
+        params = checked(params)
+        if self._num_pressing:
+            return
+        replies = self._exchange(
+            lambda number: wire.Prefill(number, tuple(messages), params), gives_way=True
+        )
+        with contextlib.closing(replies):
+            for reply in replies:
+                if isinstance(reply, wire.Emitted) and isinstance(reply.event, Prefill):
+                    yield reply.event
+                if self._num_pressing:
+                    return
+
     def read_text(self, image: Attachment, hints: Hints = "text") -> tuple[TextLine, ...]:
         """The lines of text on a screenshot, by text recognition in the engine process.
 
@@ -135,7 +156,7 @@ class EngineClient:
 
     def unload(self) -> None:
         """Give the model's memory back to the system, by ending the process."""
-        with self._turn:
+        with self._counted(), self._turn:
             self.model = None
             self._stop()
 
@@ -154,8 +175,10 @@ class EngineClient:
                 return reply
         raise AssertionError("an exchange ends with Done or an error")
 
-    def _exchange(self, make: Callable[[int], wire.Request]) -> Generator[wire.Reply, None, None]:
-        with self._turn:
+    def _exchange(
+        self, make: Callable[[int], wire.Request], *, gives_way: bool = False
+    ) -> Generator[wire.Reply, None, None]:
+        with contextlib.nullcontext() if gives_way else self._counted(), self._turn:
             process = self._started()
             number = self._current = next(self._numbers)
             finished = False
@@ -179,6 +202,17 @@ class EngineClient:
                 if not finished and process.alive:
                     self._abandon(process, number)
                 self._current = None
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """While another request waits or runs, see `prefill`."""
+        with self._counting:
+            self._num_pressing += 1
+        try:
+            yield
+        finally:
+            with self._counting:
+                self._num_pressing -= 1
 
     def _abandon(self, process: _Process, number: int) -> None:
         """Cancel a request whose reader went away, and wait until the engine is free again."""

@@ -32,6 +32,14 @@ class Stream(msgspec.Struct, frozen=True, tag=True):
     until: str = ""
 
 
+class Prefill(msgspec.Struct, frozen=True, tag=True):
+    """Read the conversation before it is sent, see `Backend.prefill`."""
+
+    request: int
+    messages: tuple[Message, ...]
+    params: GenerationParams
+
+
 class ReadText(msgspec.Struct, frozen=True, tag=True):
     request: int
     image: Attachment
@@ -105,7 +113,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     hint: str
 
 
-Request = Load | Stream | ReadText | Plan | Convert | Export | Unload | Cancel
+Request = Load | Stream | Prefill | ReadText | Plan | Convert | Export | Unload | Cancel
 Reply = Progress | Emitted | Done | Failed
 
 T = TypeVar("T")

@@ -6,6 +6,7 @@ screenshots, the theme, and what happens when something breaks. Knows nothing ab
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -23,11 +24,12 @@ from textual.message import Message
 from textual.screen import Screen
 from textual.theme import Theme
 
-from w2c_tui.backends.base import ModelInfo
+from w2c_tui.backends.base import ModelInfo, Prefill
 from w2c_tui.core.config import GenerationParams, LoadSpec, Paths, Settings
 from w2c_tui.core.conversation import Attachment, Hints
+from w2c_tui.core.conversation import Message as Turn
 from w2c_tui.core.errors import EngineError, W2CError
-from w2c_tui.core.iteration import Iteration
+from w2c_tui.core.iteration import Iteration, given
 from w2c_tui.core.page_text import WITHOUT_TEXT, recognises_text
 from w2c_tui.core.printable import printable
 from w2c_tui.core.store import Parent, Store
@@ -106,6 +108,14 @@ class TextRead(Message):
         self.error = error
 
 
+class ReadsAhead(Message):
+    """How far the model is with a draft that was not sent; None when it is not at it any more."""
+
+    def __init__(self, progress: Prefill | None) -> None:
+        super().__init__()
+        self.progress = progress
+
+
 class Remembered(msgspec.Struct):
     """What the application keeps between runs beside the sessions."""
 
@@ -167,6 +177,8 @@ class W2CApp(App[int]):
         self._start = (list(images), session, new)
         self._ending = False
         self._without_text = ""
+        self._ahead = 0
+        """Counts what is read ahead: only the latest is wanted."""
 
     @property
     def info(self) -> ModelInfo | None:
@@ -214,7 +226,6 @@ class W2CApp(App[int]):
     def _end_on_signals(self) -> None:
         """Leave properly when asked to end from outside, so that the terminal is restored."""
         import asyncio
-        import contextlib
         import signal
 
         if threading.current_thread() is not threading.main_thread():
@@ -426,12 +437,63 @@ class W2CApp(App[int]):
         self.answers.pop(answer.message_id, None)
         if answer.error is not None:
             log.warning("%s: %s", type(answer.error).__name__, answer.error)
-            if self.engine.model is None and self.model_state == "ready":
-                self.model_state = "none"
-                self._tell_model()
+            self._look_for_model()
         for screen in self.screen_stack:
             if (tell := getattr(screen, "answer_over", None)) is not None:
                 screen.call_later(tell, answer)
+
+    def _look_for_model(self) -> None:
+        """After a failure: it may be gone with the engine."""
+        if self.engine.model is None and self.model_state == "ready":
+            self.model_state = "none"
+            self._tell_model()
+
+    def read_ahead(
+        self,
+        conversation: Callable[[], list[Turn]],
+        params: GenerationParams,
+        iteration: Iteration,
+    ) -> None:
+        """Have the model read what may be sent soon, until something else is wanted of it.
+
+        `conversation` is asked for on a thread. Failures come again when it is sent.
+        """
+        if self.info is None or not self.info.incremental or self.info.sends_to:
+            return
+        self._ahead += 1
+        number = self._ahead
+
+        def work() -> None:
+            from w2c_tui.engine.page_writer import begun
+
+            messages, asked = given(conversation(), iteration), params
+            if self.begins_pages() and (helped := begun(messages, params)) is not None:
+                messages, asked = helped
+            steps = self.engine.prefill(messages, asked)
+            with contextlib.closing(steps):  # type: ignore[type-var]
+                for step in steps:
+                    if self._ending or number != self._ahead:
+                        return
+                    self.post_message(ReadsAhead(step))
+
+        def work_quietly() -> None:
+            try:
+                work()
+            except W2CError as error:
+                log.info("reading ahead: %s", error)
+                self._look_for_model()
+            except Exception:
+                log.exception("reading ahead failed")
+            finally:
+                if not self._ending and number == self._ahead:
+                    self.post_message(ReadsAhead(None))
+
+        self.run_worker(work_quietly, thread=True, group="ahead", exit_on_error=False)
+
+    def on_reads_ahead(self, event: ReadsAhead) -> None:
+        for screen in self.screen_stack:
+            if (tell := getattr(screen, "reads_ahead", None)) is not None:
+                tell(event.progress)
 
     def cancel_answers(self) -> None:
         if self.better is not None:
@@ -592,7 +654,6 @@ def _bindings_by_place() -> dict[str, list[Binding]]:
 def _use_one_arena() -> None:
     """On glibc: let all threads share one heap. The threads that decode pictures would otherwise
     keep tens of megabytes each, and none of them is in a hurry."""
-    import contextlib
     import ctypes
 
     with contextlib.suppress(OSError, AttributeError, TypeError):

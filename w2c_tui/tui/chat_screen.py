@@ -17,6 +17,7 @@ from textual.containers import Vertical
 from textual.screen import Screen
 from textual.widgets import Static, TextArea
 
+from w2c_tui.backends.base import Prefill
 from w2c_tui.core.config import GenerationParams
 from w2c_tui.core.conversation import Attachment, Message
 from w2c_tui.core.errors import W2CError
@@ -84,6 +85,8 @@ class ChatScreen(Screen[None]):
         self._new_at_start = new or bool(images)
         self._undo: list[tuple[str, int | str]] = []
         self._folder = Path.cwd()
+        self._read_already: object = None
+        """The draft that the model has read ahead, or is at."""
         self._tries: tuple[int, int] | None = None
         """How many of which kind, when the draft is to become several pages."""
 
@@ -198,6 +201,30 @@ class ChatScreen(Screen[None]):
 
     # ── sending ───────────────────────────────────────────────────────────────────────────────
 
+    @on(Composer.Readable)
+    def _read_ahead(self) -> None:
+        """Have the model read the pictures of the draft, if nothing else is going on."""
+        app, place, earlier = self.app, self.place, self.transcript.messages
+        if app.answers or app.better is not None or (earlier and earlier[-1].role == "user"):
+            return
+        draft, session_id, system = self.composer.draft(), place.id, place.system
+        pictures = [(image.sha256, image.page_text) for image in draft.attachments]
+        key = (session_id, earlier[-1].id if earlier else None, app.info, pictures)
+        if key == self._read_already:
+            return
+        self._read_already = key
+
+        def conversation() -> list[Message]:
+            if session_id:
+                return [*app.store.conversation(session_id), draft]
+            return [Message("system", system), draft] if system else [draft]
+
+        app.read_ahead(conversation, place.params, place.iteration)
+
+    def reads_ahead(self, progress: Prefill | None) -> None:
+        """The application says how far the model is with a draft."""
+        self.composer.reads_ahead(progress)
+
     @on(PromptBox.Sent)
     def _sent(self) -> None:
         if not self.branch.busy():
@@ -307,6 +334,8 @@ class ChatScreen(Screen[None]):
         """The application says that an answer ended."""
         await self.branch.answer_over(answer)
         self.page_work.tell()
+        self._read_already = None
+        self.composer.read_texts()
         panel: Any
         for panel in self.query("SettingsPanel"):
             panel.tell(self._costs())

@@ -1,7 +1,7 @@
 """Where the next message is made: the prompt box, the pictures in it, and a line about both.
 
-Owns the draft: which pictures are attached, whether their text has been read, and when it can be
-sent. Knows nothing about what was said before.
+Owns the draft: which pictures are attached, whether their text has been read, when the model can
+begin to read it, and when it can be sent. Knows nothing about what was said before.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from textual.containers import Vertical
 from textual.message import Message as Event
 from textual.widgets import Static, TextArea
 
+from w2c_tui.backends.base import Prefill
 from w2c_tui.core.conversation import Attachment, Message
 from w2c_tui.core.errors import ImageError, W2CError
 from w2c_tui.core.printable import printable
@@ -41,6 +42,10 @@ class Composer(Vertical):
     class Ready(Event):
         """What was to be sent can be: `take` has it."""
 
+    class Readable(Event):
+        """There are pictures, and all that the model will be told about them is known: it could
+        read them while the user types."""
+
     class Changed(Event):
         """There are other pictures, or something waits to be sent or no longer does."""
 
@@ -53,6 +58,7 @@ class Composer(Vertical):
         """The message of which the draft will be another version."""
         self._numbers: dict[int, Attachment] = {}
         self._reading: set[str] = set()
+        self._prefill: Prefill | None = None
         self._waiting = False
         self._told: tuple[bool, list[str]] = (False, [])
 
@@ -127,6 +133,10 @@ class Composer(Vertical):
         if not self._waiting:
             return None
         self._waiting = False
+        return self.draft()
+
+    def draft(self) -> Message:
+        """What would be sent now."""
         text = without_outer_tokens(self.prompt.text, self._numbers).strip() or PAGE_PROMPT
         return Message("user", text, tuple(self.pictures))
 
@@ -158,6 +168,9 @@ class Composer(Vertical):
         if not text and self._reading:
             names = ", ".join(i.name for i in self.pictures if i.sha256 in self._reading)
             text = f"Reading the text on {printable(names) or 'a picture'} …"
+        if not text and self._prefill is not None and not self._waiting:
+            share = self._prefill.done / max(self._prefill.total, 1)
+            text = f"The model reads it ahead … {share:.0%}"
         if self._waiting:
             text = f"{text or 'Waiting for the model.'} Will be sent then; Esc takes it back."
         if not text and self.pictures:
@@ -254,6 +267,19 @@ class Composer(Vertical):
                 self._reading.add(image.sha256)
                 self.app.read_text(image)
         self.hint()
+        self._offer()
+
+    def _offer(self) -> None:
+        """Say that the model could begin to read, if it could."""
+        wanted = [self.app.wants_text(image, self._place.ocr) for image in self.pictures]
+        known = self.app.info is not None and not self._waiting and self.editing is None
+        if known and wanted and not any(value is None or value for value in wanted):
+            self.post_message(self.Readable())
+
+    def reads_ahead(self, progress: Prefill | None) -> None:
+        """How far the model is with it; None when it is not at it any more."""
+        self._prefill = progress
+        self.hint()
 
     def text_read(self, image: Attachment, error: W2CError | None) -> None:
         """`image` is back with its text, or without."""
@@ -267,3 +293,4 @@ class Composer(Vertical):
         self._take_pictures()
         self.hint()
         self.proceed()
+        self._offer()
