@@ -117,6 +117,29 @@ class BackendContract:
         swapped = [user("Code?", picture("blue")), *answered[1:]]
         assert stats(events(vision, swapped)).reused_tokens < 16
 
+    def test_what_was_read_ahead_is_not_read_again(self, vision, fresh, red):
+        earlier = [user("Hi"), Message("assistant", "<p>Shop</p>")]
+        plain = events(fresh("vision"), [*earlier, user("Code?", red)])
+        events(vision, [user("Something else")])
+        steps = list(vision.prefill([*earlier, user("", red)], GREEDY, lambda: False))
+        assert steps[-1].done == steps[-1].total > 0
+        found = events(vision, [*earlier, user("Code?", red)])
+        assert stats(found).reused_tokens > stats(found).prompt_tokens // 2
+        assert text_of(found) == text_of(plain)
+        # The same once more: all but the last token is there.
+        list(vision.prefill([*earlier, user("Code?", red)], GREEDY, lambda: False))
+        again = events(vision, [*earlier, user("Code?", red)])
+        assert stats(again).reused_tokens == stats(again).prompt_tokens - 1
+        assert text_of(again) == text_of(plain)
+
+    def test_reading_ahead_ends_when_it_is_told_to(self, vision, fresh, red):
+        plain = events(fresh("vision"), [user("Code? " * 60, red)])
+        events(vision, [user("Something else")])
+        steps = list(vision.prefill([user("Code? " * 60, red)], GREEDY, lambda: True))
+        assert len(steps) == 1
+        assert steps[0].done < steps[0].total
+        assert text_of(events(vision, [user("Code? " * 60, red)])) == text_of(plain)
+
     def test_same_seed_same_text_other_seed_other_text(self, text):
         params = GenerationParams(temperature=1.0, max_new_tokens=24, seed=7, top_k=50, top_p=0.95)
         messages = [user("Write")]

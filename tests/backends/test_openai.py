@@ -130,6 +130,9 @@ class TestContract(BackendContract):
     test_length_limit_and_its_reason = None
     test_only_the_first_difference_onward_is_computed = None
     test_an_unfinished_answer_is_continued = None
+    # It is asked for whole answers only, see below.
+    test_what_was_read_ahead_is_not_read_again = None
+    test_reading_ahead_ends_when_it_is_told_to = None
     # It may answer before it was asked often enough; a silent server is below.
     test_cancel_while_reading_the_prompt = None
     test_special_strings_go_through_prompt_and_history_unharmed = None
@@ -227,6 +230,13 @@ def test_usage_and_reasons_come_from_the_server():
     assert finish(found).reason == "length"
     measured = stats(found)
     assert (measured.prompt_tokens, measured.reused_tokens, measured.new_tokens) == (700, 600, 9)
+
+
+def test_a_server_is_not_asked_before_the_user_sends():
+    with Server(stream("a")) as server:
+        backend = connect(server.url)
+        assert list(backend.prefill([user("Code?")], GREEDY, lambda: False)) == []
+        assert server.requests == []
 
 
 def test_parameters_and_pictures_go_over_the_wire():

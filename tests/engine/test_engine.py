@@ -162,6 +162,38 @@ def test_leaving_a_stream_cancels_it_and_frees_the_engine(engine, slow_llama):
     assert list(engine.stream([user("Hi")], short))[-1].stats.new_tokens <= 3
 
 
+def test_what_is_read_ahead_gives_way_and_stays_read(engine, slow_llama):
+    engine.load(spec(slow_llama))
+    long = [user("word " * 500)]
+    steps: list[Prefill] = []
+    some = threading.Event()
+
+    def read_ahead() -> None:
+        for step in engine.prefill(long, GREEDY):
+            steps.append(step)
+            if len(steps) > 1:
+                some.set()
+
+    thread = threading.Thread(target=read_ahead)
+    thread.start()
+    assert some.wait(60)
+    found = list(engine.stream(long, GenerationParams(temperature=0, max_new_tokens=3)))
+    thread.join(20)
+    assert not thread.is_alive()
+    assert steps[-1].done < steps[-1].total
+    first = next(event for event in found if isinstance(event, Prefill))
+    assert steps[-1].done <= first.done < first.total
+
+
+def test_nothing_is_read_ahead_while_the_engine_works(engine, tiny_llama):
+    engine.load(spec(tiny_llama))
+    stream = engine.stream([user("Write")], GREEDY)
+    next(stream)
+    assert list(engine.prefill([user("Hi")], GREEDY)) == []
+    stream.close()
+    assert list(engine.prefill([user("Hi")], GREEDY))
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 @pytest.mark.parametrize(
     ("number", "cause", "remedy"),

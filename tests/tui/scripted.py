@@ -74,6 +74,9 @@ class ScriptedEngine(EngineClient):
     def pid(self) -> int | None:
         return 1
 
+    def prefill(self, messages: Sequence[Message], params: GenerationParams) -> Iterator[Prefill]:
+        return iter(())
+
     def load(self, spec: LoadSpec, report: Any = None) -> ModelInfo:
         self.model = self._info
         return self._info

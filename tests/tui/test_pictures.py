@@ -191,6 +191,20 @@ async def test_a_thumbnail_and_the_picture_in_full(start, picture, tiny_llava, s
         assert not screen.query("#picture")
 
 
+async def test_a_picture_is_read_while_the_question_is_typed(start, tiny_llava, settings, store):
+    model = msgspec.structs.replace(settings.model, name=str(tiny_llava))
+    async with start(settings=msgspec.structs.replace(settings, model=model)) as pilot:
+        app, screen = pilot.app, pilot.app.screen
+        for color in ("red", "blue"):
+            screen.composer.add_picture(attachment(color))
+            await pilot.pause()
+            await wait_until(pilot, lambda: not any(w.group == "ahead" for w in app.workers))
+            await pilot.press("enter")
+            await wait_until(pilot, lambda: screen.transcript.messages and not app.answers)
+            stats = screen.transcript.messages[-1].stats
+            assert stats["reused_tokens"] == stats["prompt_tokens"] - 1
+
+
 async def test_a_model_without_eyes_shows_what_it_is_given(start, settings):
     async with start() as pilot:
         screen = pilot.app.screen
