@@ -27,6 +27,7 @@ from w2c_tui.backends.choice import choose_backend
 from w2c_tui.core.config import LoadSpec
 from w2c_tui.core.errors import EngineError, W2CError
 from w2c_tui.core.locate import bundled_folder, display_name
+from w2c_tui.core.page_text import recognises_text
 from w2c_tui.engine import wire
 from w2c_tui.export.outcome import Exported
 
@@ -164,6 +165,8 @@ class Engine:
         backend = _backend(spec)
         info = backend.load(spec, report)
         self._backend = backend
+        if info.hints != "none" and recognises_text():
+            threading.Thread(target=_prepare_recognition, daemon=True).start()
         if spec is request.spec:
             return info
         return msgspec.structs.replace(info, name=display_name(request.spec.name))
@@ -198,6 +201,14 @@ class Engine:
             wire.write_frame(self._replies, reply)
         except OSError:
             os._exit(0)
+
+
+def _prepare_recognition() -> None:
+    """For a model that wants to be told what is on its pictures: the first one comes soon."""
+    from w2c_tui.models.page_text import prepare
+
+    with contextlib.suppress(W2CError):
+        prepare()
 
 
 def _with_file(spec: LoadSpec, report: Report) -> LoadSpec:

@@ -67,6 +67,15 @@ def read_page_text(image: Image.Image) -> tuple[TextLine, ...]:
     return _in_reading_order(_without_icons(_without_repeats(lines)))
 
 
+def prepare() -> None:
+    """Create the recogniser before its first use, which then is a second or two faster.
+
+    Raises MissingPackageError without the extra `ocr`.
+    """
+    with _lock:
+        _engine()
+
+
 def read_hints(image: Image.Image, hints: Hints) -> tuple[TextLine, ...]:
     """What a model is told about `image`: its lines as `read_page_text` finds them, with their
     colours, or with the areas on which they lie (`page_boxes.with_layout`)."""
