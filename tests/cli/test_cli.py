@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import pytest
 from PIL import Image
 
 from tests.tiny import PAGE
-from w2c_tui.backends.base import Text
+from w2c_tui.backends.base import Finished, Text
+from w2c_tui.cli.chat import _Chat
 from w2c_tui.cli.generate import Run
 from w2c_tui.core.config import GenerationParams, LoadSpec, RenderSettings, Settings
 from w2c_tui.core.prompt import PAGE_PROMPT
@@ -271,6 +273,22 @@ def test_chat_answers_over_turns_from_a_pipe(shots, flags, own_folders):
     assert "missing.png" in done.stderr
     assert "'/bogus' is not a command" in done.stderr
     assert done.returncode == 1
+
+
+def test_chat_reads_a_picture_while_the_question_is_typed(shots, page_writer, own_folders):
+    spec = LoadSpec(name=str(page_writer), dtype="float32", device_map="cpu", threads=1)
+    settings = Settings(model=spec, generation=GenerationParams(temperature=0, max_new_tokens=3))
+    with EngineClient(own_folders / "engine.log") as engine:
+        chat = _Chat(settings, engine, engine.load(spec))
+        chat.interactive = True
+        told: list[Finished] = []
+        chat._tell = told.append
+        chat._attach(str(shots / "one.png"))
+        for thread in threading.enumerate():
+            if thread.name == "read ahead":
+                thread.join(60)
+        chat._ask("")
+    assert told[0].stats.reused_tokens == told[0].stats.prompt_tokens - 1
 
 
 def test_chat_takes_the_flags_of_the_published_command_line(shots, page_writer, own_folders):

@@ -75,9 +75,14 @@ def test_the_nearest_of_several_candidates_is_kept(engine, renderer, screenshot)
 
 
 def test_candidates_written_at_once_are_the_plain_answers(engine, renderer, screenshot):
-    batch = [s for s in run(engine, renderer, screenshot, 4.0, best_of=3) if isinstance(s, Try)]
+    # Rounding differs with the number of answers, by some 1e-5 of a logit. That these draws do not
+    # fall so near the border between two tokens is luck: seed 5 lacks it on CPUs with AMX.
+    seed = 11
+    steps = run(engine, renderer, screenshot, 4.0, seed, best_of=3)
+    batch = [step for step in steps if isinstance(step, Try)]
+    assert len({found.answer.text for found in batch}) == 3
     for number, found in enumerate(batch):
-        steps = run(engine, renderer, screenshot, 4.0, seed=5 + number)
+        steps = run(engine, renderer, screenshot, 4.0, seed=seed + number)
         plain = next(step for step in steps if isinstance(step, Try))
         assert found.answer.text == plain.answer.text
         assert found.answer.reason == plain.answer.reason

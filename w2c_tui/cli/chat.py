@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +176,17 @@ class _Chat:
         image = attach(parse_reference(reference), self.settings, self.engine, self.info)
         self.pending.append(image)
         say(f"[{image.name}, {image.width}x{image.height}]", err=True)
+        if self.interactive and self.info.incremental and not self.info.sends_to:
+            asked = [*self.messages, Message("user", "", tuple(self.pending))]
+            threading.Thread(
+                target=self._read_ahead, args=(asked,), name="read ahead", daemon=True
+            ).start()
+
+    def _read_ahead(self, messages: list[Message]) -> None:
+        """Have the model read the picture while the question is typed."""
+        with contextlib.suppress(W2CError):
+            for _ in self.engine.prefill(messages, self.settings.generation):
+                pass
 
     def _save(self, path: Path) -> None:
         from w2c_tui.core.artifact import best_page
