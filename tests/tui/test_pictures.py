@@ -6,6 +6,7 @@ import functools
 import http.server
 import io
 import threading
+import time
 
 import msgspec
 import pytest
@@ -16,6 +17,8 @@ from textual.widgets import Input, Static
 
 from tests.backends.contract import picture as attachment
 from tests.tui.conftest import wait_until
+from tests.tui.scripted import ScriptedEngine
+from w2c_tui.backends.base import Prefill
 from w2c_tui.core.conversation import Message, TextLine
 from w2c_tui.core.image import attachment_from_bytes
 from w2c_tui.tui.picture import HalfCells, half_cells, protocol_for
@@ -203,6 +206,30 @@ async def test_a_picture_is_read_while_the_question_is_typed(start, tiny_llava, 
             await wait_until(pilot, lambda: screen.transcript.messages and not app.answers)
             stats = screen.transcript.messages[-1].stats
             assert stats["reused_tokens"] == stats["prompt_tokens"] - 1
+
+
+async def test_a_picture_that_is_taken_out_is_read_no_further(start, settings):
+    class Reader(ScriptedEngine):
+        is_reading = False
+
+        def prefill(self, messages, params):
+            self.is_reading = True
+            try:
+                for number in range(100_000):
+                    yield Prefill(number // 1000, 100)
+                    time.sleep(0.01)
+            finally:
+                self.is_reading = False
+
+    engine = Reader("Hi")
+    async with start(settings=settings, engine=engine) as pilot:
+        screen = pilot.app.screen
+        screen.composer.add_picture(attachment("red"))
+        await wait_until(pilot, lambda: "reads it ahead" in str(screen.query_one("#hint").content))
+        assert engine.is_reading
+        await pilot.press("backspace", "backspace")
+        await wait_until(pilot, lambda: not engine.is_reading)
+        await wait_until(pilot, lambda: not screen.query_one("#hint").display)
 
 
 async def test_a_model_without_eyes_shows_what_it_is_given(start, settings):

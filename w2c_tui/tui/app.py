@@ -111,8 +111,9 @@ class TextRead(Message):
 class ReadsAhead(Message):
     """How far the model is with a draft that was not sent; None when it is not at it any more."""
 
-    def __init__(self, progress: Prefill | None) -> None:
+    def __init__(self, number: int, progress: Prefill | None) -> None:
         super().__init__()
+        self.number = number
         self.progress = progress
 
 
@@ -474,7 +475,7 @@ class W2CApp(App[int]):
                 for step in steps:
                     if self._ending or number != self._ahead:
                         return
-                    self.post_message(ReadsAhead(step))
+                    self.post_message(ReadsAhead(number, step))
 
         def work_quietly() -> None:
             try:
@@ -485,12 +486,19 @@ class W2CApp(App[int]):
             except Exception:
                 log.exception("reading ahead failed")
             finally:
-                if not self._ending and number == self._ahead:
-                    self.post_message(ReadsAhead(None))
+                if not self._ending:
+                    self.post_message(ReadsAhead(number, None))
 
         self.run_worker(work_quietly, thread=True, group="ahead", exit_on_error=False)
 
+    def read_no_further(self) -> None:
+        """Leave what is read ahead: it is not wanted any more."""
+        self._ahead += 1
+        self.post_message(ReadsAhead(self._ahead, None))
+
     def on_reads_ahead(self, event: ReadsAhead) -> None:
+        if event.number != self._ahead:
+            return
         for screen in self.screen_stack:
             if (tell := getattr(screen, "reads_ahead", None)) is not None:
                 tell(event.progress)

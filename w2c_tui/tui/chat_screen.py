@@ -187,8 +187,11 @@ class ChatScreen(Screen[None]):
         self._saver.resume()
 
     @on(Composer.Changed)
-    def _bindings_changed(self) -> None:
+    def _draft_changed(self) -> None:
         self.refresh_bindings()
+        if not self.composer.pictures and self._read_already is not None:
+            self._read_already = None
+            self.app.read_no_further()
 
     @on(BranchView.Shown)
     def _tell(self) -> None:
@@ -334,8 +337,9 @@ class ChatScreen(Screen[None]):
         """The application says that an answer ended."""
         await self.branch.answer_over(answer)
         self.page_work.tell()
+        # The context holds this answer by now.
         self._read_already = None
-        self.composer.read_texts()
+        self.composer.offer()
         panel: Any
         for panel in self.query("SettingsPanel"):
             panel.tell(self._costs())

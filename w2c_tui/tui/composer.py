@@ -267,10 +267,10 @@ class Composer(Vertical):
                 self._reading.add(image.sha256)
                 self.app.read_text(image)
         self.hint()
-        self._offer()
+        self.offer()
 
-    def _offer(self) -> None:
-        """Say that the model could begin to read, if it could."""
+    def offer(self) -> None:
+        """Say that the model could begin to read, if it can."""
         wanted = [self.app.wants_text(image, self._place.ocr) for image in self.pictures]
         known = self.app.info is not None and not self._waiting and self.editing is None
         if known and wanted and not any(value is None or value for value in wanted):
@@ -293,4 +293,4 @@ class Composer(Vertical):
         self._take_pictures()
         self.hint()
         self.proceed()
-        self._offer()
+        self.offer()
