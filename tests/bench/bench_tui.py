@@ -43,16 +43,21 @@ BARE_CPU_S = 0.25
 
 
 class Terminal:
-    """A process in a pseudo-terminal, and what it has written."""
+    """A process in a pseudo-terminal, and what it has written.
 
-    def __init__(self, command: list[str], folder: str) -> None:
+    It has its `own` folders below `folder`, the others are the user's.
+    """
+
+    def __init__(
+        self, command: list[str], folder: str, own: tuple[str, ...] = ("DATA", "CONFIG", "CACHE")
+    ) -> None:
         import fcntl
         import pty
         import termios
 
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
-            for name in ("DATA", "CONFIG", "CACHE"):
+            for name in own:
                 os.environ[f"W2C_{name}_DIR"] = f"{folder}/{name.lower()}"
             os.environ |= {"TERM": "xterm-256color", "COLORTERM": "truecolor"}
             time.sleep(0.05)

@@ -72,8 +72,14 @@ def prepare() -> None:
 
     Raises MissingPackageError without the extra `ocr`.
     """
-    with _lock:
-        _engine()
+    from PIL import ImageDraw
+
+    import w2c_tui.models.page_boxes  # noqa: F401 - which imports scipy
+
+    # The first line that is read takes half a second more.
+    image = Image.new("RGB", (480, 480), "white")
+    ImageDraw.Draw(image).text((40, 40), "Welcome", fill="black", font_size=32)
+    read_page_text(image)
 
 
 def read_hints(image: Image.Image, hints: Hints) -> tuple[TextLine, ...]:
