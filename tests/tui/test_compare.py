@@ -292,20 +292,28 @@ def writer_settings(settings, page_writer):
 
 
 async def ask_for_tries(pilot, best_of, refine):
+    """The run that begins; it may be over before it can be seen in the application."""
+    begun = []
+    begin = pilot.app.begin_better
+
+    def watched(run):
+        begun.append(run)
+        begin(run)
+
+    pilot.app.begin_better = watched
     await pilot.press("f9")
     box = await wait_until(pilot, lambda: pilot.app.screen.query("#best-of"))
     box.first(Input).value = str(best_of)
     pilot.app.screen.query_one("#refine", Input).value = str(refine)
     await pilot.press("enter")
+    return await wait_until(pilot, lambda: begun and begun[0])
 
 
 async def test_the_nearest_of_several_tries_stays(start, store, writer_settings, browser):
     async with start(settings=writer_settings) as pilot:
         screen = pilot.app.screen
         screen.composer.add_picture(screenshot())
-        await ask_for_tries(pilot, 2, 1)
-        await wait_until(pilot, lambda: pilot.app.better)
-        run = pilot.app.better
+        run = await ask_for_tries(pilot, 2, 1)
         await wait_until(pilot, lambda: "Try " in str(screen.query_one("#page-work").content))
         await wait_until(pilot, lambda: pilot.app.better is None, 120)
         assert run.outcome == "done", run.error
@@ -333,8 +341,7 @@ async def test_tries_ask_as_a_plain_answer_does(start, store, two_pages, writer_
         await wait_until(pilot, lambda: not pilot.app.answers)
         plain = store.branch(two_pages.id)[-1]
         assert plain.stats["iteration"] == "latest"
-        await ask_for_tries(pilot, 2, 0)
-        run = await wait_until(pilot, lambda: pilot.app.better)
+        run = await ask_for_tries(pilot, 2, 0)
         await wait_until(pilot, lambda: pilot.app.better is None, 120)
         first, second = (store.message(step.message_id) for step in run.steps)
         assert first.stats["prompt_tokens"] == plain.stats["prompt_tokens"]
@@ -350,8 +357,7 @@ async def test_tries_help_a_small_text_model_to_its_page(start, store, settings,
     engine = ScriptedEngine(" to you</p>\n</body></html>")
     async with start(settings=changed, engine=engine) as pilot:
         pilot.app.screen.composer.add_picture(screenshot())
-        await ask_for_tries(pilot, 2, 0)
-        run = await wait_until(pilot, lambda: pilot.app.better)
+        run = await ask_for_tries(pilot, 2, 0)
         await wait_until(pilot, lambda: pilot.app.better is None, 120)
         assert run.outcome == "done", run.error
         assert engine.asked[-1].role == "assistant"
