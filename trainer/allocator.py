@@ -1,8 +1,7 @@
 """Memory of the process, for training on a CPU: what is freed stays, what is cached has bounds.
 
 Owns the settings of glibc's allocator. By default it returns every large block to the system as it
-is freed and when the heap's end is free, and each step takes all its activations anew, page by page
-(mallopt(3)).
+is freed and when the heap's end is free, and each step takes all its activations anew.
 Owns the bounds of oneDNN's caches, too, which by default keep the kernels of the last 1,024 shapes:
 every new length of a batch is several.
 """

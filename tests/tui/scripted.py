@@ -77,7 +77,7 @@ class ScriptedEngine(EngineClient):
     def prefill(self, messages: Sequence[Message], params: GenerationParams) -> Iterator[Prefill]:
         return iter(())
 
-    def load(self, spec: LoadSpec, report: Any = None) -> ModelInfo:
+    def load(self, spec: LoadSpec, report: Any = None, *, pictures_soon: bool = False) -> ModelInfo:
         self.model = self._info
         return self._info
 

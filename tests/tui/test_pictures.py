@@ -200,7 +200,7 @@ async def test_a_picture_is_read_while_the_question_is_typed(start, tiny_llava, 
         app, screen = pilot.app, pilot.app.screen
         for color in ("red", "blue"):
             screen.composer.add_picture(attachment(color))
-            await pilot.pause()
+            await wait_until(pilot, lambda: screen._read_already)
             await wait_until(pilot, lambda: not any(w.group == "ahead" for w in app.workers))
             await pilot.press("enter")
             await wait_until(pilot, lambda: screen.transcript.messages and not app.answers)

@@ -176,7 +176,7 @@ class _Chat:
         image = attach(parse_reference(reference), self.settings, self.engine, self.info)
         self.pending.append(image)
         say(f"[{image.name}, {image.width}x{image.height}]", err=True)
-        if self.interactive and self.info.incremental and not self.info.sends_to:
+        if self.interactive:
             asked = [*self.messages, Message("user", "", tuple(self.pending))]
             threading.Thread(
                 target=self._read_ahead, args=(asked,), name="read ahead", daemon=True

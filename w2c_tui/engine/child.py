@@ -165,7 +165,7 @@ class Engine:
         backend = _backend(spec)
         info = backend.load(spec, report)
         self._backend = backend
-        if info.hints != "none" and recognises_text():
+        if request.pictures_soon and info.hints != "none" and recognises_text():
             threading.Thread(target=_prepare_recognition, daemon=True).start()
         if spec is request.spec:
             return info

@@ -61,11 +61,17 @@ class EngineClient:
         """Whether a model is loaded in a living process; after a crash there is none."""
         return self.pid is not None and self.model is not None
 
-    def load(self, spec: LoadSpec, report: Report | None = None) -> ModelInfo:
-        """Load a model, starting the process if need be; `report` hears of the progress."""
+    def load(
+        self, spec: LoadSpec, report: Report | None = None, *, pictures_soon: bool = False
+    ) -> ModelInfo:
+        """Load a model, starting the process if need be; `report` hears of the progress.
+
+        `pictures_soon`: a user is about to look for one, so that text recognition, if the model
+        wants it, is made ready meanwhile.
+        """
         spec = checked(spec)
         self.model = None
-        done = self._ask(lambda number: wire.Load(number, spec), report)
+        done = self._ask(lambda number: wire.Load(number, spec, pictures_soon), report)
         assert done.info is not None
         self.model = done.info
         return done.info

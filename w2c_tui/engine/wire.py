@@ -18,8 +18,11 @@ from w2c_tui.export.outcome import Exported
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
+    """Load the model of `spec`; `pictures_soon`: and what reads the text on its pictures."""
+
     request: int
     spec: LoadSpec
+    pictures_soon: bool = False
 
 
 class Stream(msgspec.Struct, frozen=True, tag=True):

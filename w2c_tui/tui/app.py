@@ -340,7 +340,7 @@ class W2CApp(App[int]):
                 return
             self.model_state = "loading"
             try:
-                self.engine.load(spec, self._report)
+                self.engine.load(spec, self._report, pictures_soon=True)
             except W2CError as error:
                 self.model_state, self.model_error = "failed", error
                 raise
@@ -459,8 +459,6 @@ class W2CApp(App[int]):
 
         `conversation` is asked for on a thread. Failures come again when it is sent.
         """
-        if self.info is None or not self.info.incremental or self.info.sends_to:
-            return
         self._ahead += 1
         number = self._ahead
 
