@@ -39,7 +39,7 @@ from w2c_tui.backends.gguf_header import GGUFHeader
 from w2c_tui.backends.hf import HFBackend
 from w2c_tui.backends.image_encoder import ImageEncoder, class_token_is_first
 from w2c_tui.backends.llama import ImageChunk, LanguageModel, RuntimeOptions
-from w2c_tui.backends.llama_library import lib, mtmd
+from w2c_tui.backends.llama_library import lib, mtmd, supports_gpus
 from w2c_tui.backends.turn import Interrupted
 from w2c_tui.core.config import ExportSpec, GenerationParams, LoadSpec
 from w2c_tui.core.conversation import Message
@@ -386,6 +386,21 @@ def test_settings_change_speed_and_memory_and_hardly_the_answer(changes, tmp_pat
         with LanguageModel(file, options) as model:
             rows.append(model.run(model.raw_tokens("Write a page with prices"), keep=3))
     assert np.abs(rows[0] - rows[1]).max() < 0.05 * np.abs(rows[0]).max()
+
+
+@pytest.mark.skipif(supports_gpus(), reason="with a GPU llama.cpp decides")
+def test_attention_on_a_cpu_is_the_plain_one_unless_the_cache_is_packed(tmp_path):
+    folder = save_family(tmp_path / "llama", TEXT_FAMILIES["llama-wide-heads"])
+    file = save_text_model(folder, tmp_path)
+
+    def row(**settings):
+        with LanguageModel(file, RuntimeOptions(context=128, threads=1, **settings)) as model:
+            return model.run(model.raw_tokens("Write a page with prices"))[0]
+
+    assert np.array_equal(row(), row(flash_attn="off"))
+    assert not np.array_equal(row(), row(flash_attn="on"))
+    packed = row(cache_type="q8_0")
+    assert np.array_equal(packed, row(cache_type="q8_0", flash_attn="on"))
 
 
 def test_a_packed_cache_without_flash_attention_says_what_to_do(tmp_path):

@@ -31,6 +31,7 @@ from w2c_tui.backends.llama_library import (
     mtmd,
     never,
     reporting,
+    supports_gpus,
     text_of,
     what_it_said,
 )
@@ -64,8 +65,8 @@ class RuntimeOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     `context` 0 is the length the model was trained for, `threads` 0 is one per core,
     `n_gpu_layers` -1 is all. `tensor_split` are the shares of several GPUs; `main_gpu` puts
-    everything on one of them. `batch` is how many tokens are computed at once, which must be all of
-    an image where its parts see each other.
+    everything on one of them. `flash_attn` "auto" is off on a CPU. `batch` is how many tokens are
+    computed at once at most, which must be all of an image where its parts see each other.
     """
 
     context: int = 0
@@ -215,12 +216,16 @@ class LanguageModel(Closing):
         params: Any = lib.llama_context_default_params()
         params.n_ctx = min(runtime.context or self.trained_context, self.trained_context)
         params.n_batch = params.n_ubatch = min(runtime.batch, params.n_ctx)
+        attention = _flash_attention(runtime)
+        if attention == "off" and not _uses_gpus(runtime) and runtime.batch <= 512:
+            # The scores of more tokens at once do not fit a core's cache.
+            params.n_ubatch = min(params.n_ubatch, _CPU_BATCH)
         # In other models every sequence would have the memory of its whole state.
         params.n_seq_max = 1 + MAX_BRANCHES if self.can_rewind else 1
         params.kv_unified = True
         threads = runtime.threads or _num_cores()
         params.n_threads = params.n_threads_batch = threads
-        params.flash_attn_type = FLASH_ATTENTION[runtime.flash_attn]
+        params.flash_attn_type = FLASH_ATTENTION[attention]
         params.type_k = params.type_v = CACHE_TYPES[runtime.cache_type]
         # Whatever is in the context can be taken back to any place, also in models of which some
         # layers see only a window.
@@ -229,7 +234,7 @@ class LanguageModel(Closing):
         self.threads = threads
         # Who asks for a number gets it. Flash attention adds up in an order that goes by the number
         # of threads, and the same seed must give the same page whatever else is running.
-        if not runtime.threads and runtime.flash_attn == "off":
+        if not runtime.threads and attention == "off":
             self._free_cores = FreeCores(threads)
         self._abort = lib.ggml_abort_callback(lambda _: self.cancelled())
         forget_errors()
@@ -524,6 +529,25 @@ class LanguageModel(Closing):
         for sequence in set(self._branches).difference(remaining):
             lib.llama_memory_seq_rm(self._memory, sequence, -1, -1)
         self._branches = remaining
+
+
+_CPU_BATCH = 128
+
+
+def _uses_gpus(runtime: RuntimeOptions) -> bool:
+    return runtime.n_gpu_layers != 0 and supports_gpus()
+
+
+def _flash_attention(runtime: RuntimeOptions) -> FlashAttention:
+    """What "auto" is. On a CPU it is off, unless the cache is packed, which needs it.
+
+    There llama.cpp computes fewer than 64 tokens at once with it, as in writing, far slower than
+    without: SmolLM2-135M writes at 2,400 tokens of context half as fast. Models of 7B, with as many
+    heads for keys as for queries, write as fast either way.
+    """
+    if runtime.flash_attn != "auto" or _uses_gpus(runtime):
+        return runtime.flash_attn
+    return "off" if runtime.cache_type in ("f32", "f16", "bf16") else "auto"
 
 
 def _num_cores() -> int:

@@ -91,7 +91,8 @@ class LoadSpec(
         Meta(description="GGUF: put the whole model on this one GPU."),
     ] = None
     flash_attn: Annotated[
-        FlashAttention, Meta(description="GGUF: flash attention, where auto asks the device.")
+        FlashAttention,
+        Meta(description="GGUF: flash attention; auto is off on a CPU, and asks a GPU."),
     ] = "auto"
     cache_type: Annotated[
         CacheType,

@@ -137,8 +137,6 @@ class Engine:
                 convert(source, request.out, report, cache_dir=paths().models)
             case wire.Export():
                 return wire.Done(ident, exported=self._export(request))
-            case wire.Unload():
-                self._unload()
         return wire.Done(ident)
 
     def _export(self, request: wire.Export) -> Exported:

@@ -75,10 +75,6 @@ class Export(msgspec.Struct, frozen=True, tag=True):
     spec: ExportSpec
 
 
-class Unload(msgspec.Struct, frozen=True, tag=True):
-    request: int
-
-
 class Cancel(msgspec.Struct, frozen=True, tag=True):
     """Ends request `request`, running or waiting; it still gets its last reply."""
 
@@ -116,7 +112,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     hint: str
 
 
-Request = Load | Stream | Prefill | ReadText | Plan | Convert | Export | Unload | Cancel
+Request = Load | Stream | Prefill | ReadText | Plan | Convert | Export | Cancel
 Reply = Progress | Emitted | Done | Failed
 
 T = TypeVar("T")
