@@ -24,7 +24,7 @@ from w2c_tui.backends.base import Event, ModelInfo, Prefill, Report
 from w2c_tui.backends.gguf_header import GGUFHeader
 from w2c_tui.backends.image_encoder import ImageEncoder, check_belongs
 from w2c_tui.backends.llama import ImageChunk, LanguageModel, RuntimeOptions, Unit, num_tokens
-from w2c_tui.backends.llama_library import VERSION, supports_gpus
+from w2c_tui.backends.llama_library import VERSION, supports_gpus, uses_gpus
 from w2c_tui.backends.turn import Candidates, Prompt, Row, answer, prefill, resident_peak
 from w2c_tui.core.config import DeviceShare, GenerationParams, LoadSpec, checked, paths
 from w2c_tui.core.conversation import Attachment, Hints, Message
@@ -112,7 +112,7 @@ class GGUFBackend:
             flash_attn=spec.flash_attn,
             cache_type=spec.cache_type,
             # The parts of an image see each other in these, so it is computed at once.
-            batch=2048 if mmproj and _projector(mmproj).startswith("gemma") else 512,
+            batch=2048 if mmproj and _projector(mmproj).startswith("gemma") else 0,
         )
         model = self._model = LanguageModel(path, options, report)
         if mmproj is not None:
@@ -129,7 +129,7 @@ class GGUFBackend:
             num_parameters=model.num_parameters,
             dtype=model.file_type,
             quantization="none",
-            devices=("gpu",) if supports_gpus() and spec.n_gpu_layers else ("cpu",),
+            devices=("gpu",) if uses_gpus(spec.n_gpu_layers) else ("cpu",),
             incremental=model.can_rewind,
             load_time_s=time.perf_counter() - started,
             image_spec=self._encoder.image_spec if self._encoder else None,
@@ -542,7 +542,7 @@ def _fitting_context(header: GGUFHeader, spec: LoadSpec) -> int:
     trained = header.number(f"{header.architecture}.context_length", 4096)
     each = header.cache_bytes(spec.cache_type)
     available = main_memory()[1]
-    on_gpu = spec.n_gpu_layers != 0 and supports_gpus()
+    on_gpu = uses_gpus(spec.n_gpu_layers)
     if spec.context:
         wanted = min(spec.context, trained)
         if not on_gpu and wanted * each > available:

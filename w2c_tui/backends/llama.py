@@ -31,8 +31,8 @@ from w2c_tui.backends.llama_library import (
     mtmd,
     never,
     reporting,
-    supports_gpus,
     text_of,
+    uses_gpus,
     what_it_said,
 )
 from w2c_tui.backends.turn import MAX_BRANCHES, Interrupted
@@ -65,8 +65,9 @@ class RuntimeOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     `context` 0 is the length the model was trained for, `threads` 0 is one per core,
     `n_gpu_layers` -1 is all. `tensor_split` are the shares of several GPUs; `main_gpu` puts
-    everything on one of them. `flash_attn` "auto" is off on a CPU. `batch` is how many tokens are
-    computed at once at most, which must be all of an image where its parts see each other.
+    everything on one of them. `flash_attn` "auto" is off on a CPU, but for image encoders. `batch`
+    is how many tokens are computed at once at most, which must be all of an image where its parts
+    see each other; 0 is what is fast on the device.
     """
 
     context: int = 0
@@ -76,7 +77,7 @@ class RuntimeOptions(msgspec.Struct, frozen=True, kw_only=True):
     main_gpu: int | None = None
     flash_attn: FlashAttention = "auto"
     cache_type: CacheType = "f16"
-    batch: int = 512
+    batch: int = 0
 
 
 class ImageChunk:
@@ -215,11 +216,11 @@ class LanguageModel(Closing):
     def _open_context(self, runtime: RuntimeOptions) -> None:
         params: Any = lib.llama_context_default_params()
         params.n_ctx = min(runtime.context or self.trained_context, self.trained_context)
-        params.n_batch = params.n_ubatch = min(runtime.batch, params.n_ctx)
         attention = _flash_attention(runtime)
-        if attention == "off" and not _uses_gpus(runtime) and runtime.batch <= 512:
-            # The scores of more tokens at once do not fit a core's cache.
-            params.n_ubatch = min(params.n_ubatch, _CPU_BATCH)
+        plain_on_cpu = attention == "off" and not uses_gpus(runtime.n_gpu_layers)
+        params.n_batch = min(runtime.batch or 512, params.n_ctx)
+        # On a CPU the scores of more tokens do not fit a core's cache.
+        params.n_ubatch = min(runtime.batch or (128 if plain_on_cpu else 512), params.n_ctx)
         # In other models every sequence would have the memory of its whole state.
         params.n_seq_max = 1 + MAX_BRANCHES if self.can_rewind else 1
         params.kv_unified = True
@@ -531,13 +532,6 @@ class LanguageModel(Closing):
         self._branches = remaining
 
 
-_CPU_BATCH = 128
-
-
-def _uses_gpus(runtime: RuntimeOptions) -> bool:
-    return runtime.n_gpu_layers != 0 and supports_gpus()
-
-
 def _flash_attention(runtime: RuntimeOptions) -> FlashAttention:
     """What "auto" is. On a CPU it is off, unless the cache is packed, which needs it.
 
@@ -545,7 +539,7 @@ def _flash_attention(runtime: RuntimeOptions) -> FlashAttention:
     without: SmolLM2-135M writes at 2,400 tokens of context half as fast. Models of 7B, with as many
     heads for keys as for queries, write as fast either way.
     """
-    if runtime.flash_attn != "auto" or _uses_gpus(runtime):
+    if runtime.flash_attn != "auto" or uses_gpus(runtime.n_gpu_layers):
         return runtime.flash_attn
     return "off" if runtime.cache_type in ("f32", "f16", "bf16") else "auto"
 

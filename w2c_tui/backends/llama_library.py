@@ -56,6 +56,7 @@ __all__ = [
     "reporting",
     "supports_gpus",
     "text_of",
+    "uses_gpus",
     "what_it_said",
 ]
 
@@ -121,6 +122,11 @@ def text_of(value: bytes | None) -> str:
 def supports_gpus() -> bool:
     """Whether this build of llama.cpp can put layers on GPUs."""
     return bool(lib.llama_supports_gpu_offload())
+
+
+def uses_gpus(n_gpu_layers: int) -> bool:
+    """Whether a model of which so many layers are asked to be on GPUs (-1: all) has some there."""
+    return n_gpu_layers != 0 and supports_gpus()
 
 
 class Closing:
